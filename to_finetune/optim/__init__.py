@@ -1,0 +1,8 @@
+"""The Trainable Optimizers, for any PyTorch training loop. Needs torch alone."""
+
+from to_finetune.optim.diagonal import DiagonalTO
+from to_finetune.optim.full import FullTO
+from to_finetune.optim.optimizer import TrainableOptimizer
+from to_finetune.optim.rank_one import RankOneTO
+
+__all__ = ["DiagonalTO", "FullTO", "RankOneTO", "TrainableOptimizer"]

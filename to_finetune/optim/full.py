@@ -1,0 +1,102 @@
+"""Full TO: the slope of the gradient model is a whole matrix A, held densely or as its exact history."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from to_finetune.optim import rules
+from to_finetune.optim.optimizer import Group, TrainableOptimizer, compute_dtype, decoupled_decay
+from to_finetune.optim.schedules import Rates
+
+
+class FullTO(TrainableOptimizer):
+    """Trainable Optimizer with the gradient model ``G = A w + b``, A an (n, n) matrix for each block of n weights.
+
+    Since A starts at zero it is minus the sum of the t corrections so far, each ``alpha r w^T``. While ``2 t < n``
+    keeping those pairs of vectors is smaller and faster than the matrix, and exact; the block then switches to the
+    matrix by itself. State of a block, at its first tensor: ``corrections`` and ``weights`` (rows, n; the first
+    ``pairs`` rows are in use), later ``A`` (n, n). State of each tensor: ``b`` of its shape, and a 0-dim ``step``.
+
+    With ``scope="group"`` every weight of the group must have a gradient in every step.
+    """
+
+    state_names = ("b",)
+
+    def _update(self, group: Group, params: list[Tensor], rates: list[Rates]) -> None:
+        blocks = [[p] for p in params]
+        if group["scope"] == "group":
+            blocks = [params]
+            if len(params) != sum(p.numel() > 0 for p in group["params"]):
+                raise RuntimeError(
+                    'FullTO with scope="group" needs a gradient for every weight of the group; freeze or leave out '
+                    'those without one, or use scope="tensor".'
+                )
+        rate_of = dict(zip(params, rates, strict=True))
+        for block in blocks:
+            self._update_block(group, block, rate_of[block[0]])
+
+    def _update_block(self, group: Group, block: list[Tensor], rates: Rates) -> None:
+        first = block[0]
+        flat_dtype, device = compute_dtype(first), first.device
+
+        def flat(tensors: list[Tensor]) -> Tensor:
+            return torch.cat([t.reshape(-1).to(device, flat_dtype) for t in tensors])
+
+        offsets = [self.state[p]["b"] for p in block]
+        w, g, b = flat(block), flat([self._gradient(group, p) for p in block]), flat(offsets)
+        slope = self.state[first]
+        new_w, b, G, correction = rules.full(
+            w,
+            g,
+            b,
+            _slope_times(slope, w),
+            **rates._asdict(),
+            gamma_max=group["gamma_max"],
+            relative_alpha=group["relative_alpha"],
+        )
+        if rates.alpha > 0:
+            _learn(slope, correction, w, group["state_dtype"] or flat_dtype)
+        new_w = new_w - decoupled_decay(group, rates) * w
+        for targets, values in ((block, new_w), (offsets, b)):
+            for target, part in zip(targets, values.split([p.numel() for p in block]), strict=True):
+                target.copy_(part.view(target.shape))
+        self._squares.append(((G - g).square().sum(), g.square().sum()))
+
+
+def _slope_times(slope: dict[str, Tensor], w: Tensor) -> Tensor:
+    """``A w`` in whichever form the slope is held; zero before the first correction."""
+    if "A" in slope:
+        return rules.full_dense_product(slope["A"].to(w.dtype), w)
+    if "pairs" in slope:
+        corrections, weights = _history(slope)
+        return rules.full_history_product(corrections.to(w.dtype), weights.to(w.dtype), w)
+    return torch.zeros_like(w)
+
+
+def _learn(slope: dict[str, Tensor], correction: Tensor, w: Tensor, dtype: torch.dtype) -> None:
+    """Take ``correction w^T`` from A: another row of the history, or the matrix once that is the smaller."""
+    n = w.numel()
+    if "A" not in slope and "pairs" not in slope:
+        slope["pairs"] = torch.tensor(0)
+        slope["corrections"] = slope["weights"] = w.new_empty(0, n, dtype=dtype)
+    if "A" not in slope and 2 * (int(slope["pairs"]) + 1) >= n:
+        corrections, weights = _history(slope)
+        slope["A"] = -(corrections.mT @ weights)
+        for name in ("pairs", "corrections", "weights"):
+            del slope[name]
+    if "A" in slope:
+        slope["A"].addr_(correction.to(dtype), w.to(dtype), alpha=-1)
+        return
+    row = int(slope["pairs"])
+    if row == len(slope["weights"]):
+        rows = max(8, min(2 * row, n // 2 + 1))  # doubling, but never past the point where the matrix takes over
+        for name in ("corrections", "weights"):
+            slope[name] = torch.cat([slope[name], w.new_empty(rows - row, n, dtype=dtype)])
+    slope["corrections"][row], slope["weights"][row] = correction, w
+    slope["pairs"] += 1
+
+
+def _history(slope: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    rows = int(slope["pairs"])
+    return slope["corrections"][:rows], slope["weights"][:rows]

@@ -1,0 +1,221 @@
+"""The update rules, one pure function a variant: the ground truth for every faster path.
+
+A Trainable Optimizer (TO) learns, beside the weights ``w``, a pseudo-linear model ``G = A w + b`` of the
+full gradient from the mini-batch gradients ``g``. One step takes a gradient step on the approximation loss
+``1/2 ||A w + b - g||^2`` in A and b, then moves the weights along the new G:
+
+    r = A w + b - g          the residual, with the old variables
+    A <- A - alpha r w^T     (in the variant's own factors)
+    b <- b - beta r
+    w <- w - lr G            with G = A w + b from the new A and b
+
+The functions return new tensors, never write to their arguments, branch on no tensor's value, and so run in any
+floating dtype and under ``torch.vmap``: one leading dimension of members, each with its own lr, alpha, beta.
+
+``b - beta r`` is written ``(1 - beta) b + beta (g - A w)``, which is the same number and makes a TO
+without slope (alpha = 0) equal to momentum bit for bit.
+
+The guard is ours, not the paper's. One step multiplies the residual by ``1 - gamma``, ``gamma = alpha q + beta``
+with a variant's own ``q >= 0``, so the estimate can only contract while ``0 < gamma < 2``. The guard lowers alpha
+so that ``gamma <= gamma_max``; ``gamma_max=None`` is the paper's exact update.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Scalar = float | Tensor  # a Python number, or a 0-dim tensor (one value a member under vmap)
+
+
+class DiagonalStep(NamedTuple):
+    w: Tensor
+    a: Tensor
+    b: Tensor
+    G: Tensor
+
+
+class RankOneStep(NamedTuple):
+    w: Tensor
+    u: Tensor
+    v: Tensor
+    b: Tensor
+    G: Tensor
+
+
+class FullStep(NamedTuple):
+    w: Tensor
+    b: Tensor
+    G: Tensor
+    correction: Tensor  # alpha_eff r: the slope's update is A <- A - correction w^T
+
+
+class RankOneSums(NamedTuple):
+    """The scalars of a block that a RankOne step needs; each is a sum, so those of the block's pieces add up."""
+
+    vw: Tensor
+    ww: Tensor
+    uu: Tensor
+    ub: Tensor
+    ug: Tensor
+
+
+def diagonal(
+    w: Tensor,
+    g: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    lr: Scalar,
+    alpha: Scalar,
+    beta: Scalar,
+    gamma_max: float | None = 1.0,
+    relative_alpha: bool = False,
+    mean_square: Tensor | None = None,
+) -> DiagonalStep:
+    """One step of Diagonal TO, ``A = diag(a)``; ``q_i = w_i^2``.
+
+    Args:
+        w, g, a, b: weights, gradient, slope and offset, of one shape and dtype.
+        lr, alpha, beta: the rates of w, a and b.
+        gamma_max: the guard's bound on ``alpha w_i^2 + beta``; None switches it off.
+        relative_alpha: (ours) alpha is in units of ``1 / mean(w^2)``.
+        mean_square: 0-dim mean of w^2 over the whole block, where w is a piece of it; None takes it from w.
+    """
+    q = w * w
+    if relative_alpha:
+        mean_square = q.mean() if mean_square is None else mean_square
+        alpha = alpha / _positive(mean_square)
+    alpha = _guarded(alpha, beta, gamma_max, q)
+    target = g - a * w
+    r = b - target
+    a = a - alpha * w * r
+    b = (1 - beta) * b + beta * target
+    G = a * w + b
+    return DiagonalStep(w - lr * G, a, b, G)
+
+
+def rank_one(
+    w: Tensor,
+    g: Tensor,
+    u: Tensor,
+    v: Tensor,
+    b: Tensor,
+    *,
+    lr: Scalar,
+    alpha: Scalar,
+    beta: Scalar,
+    gamma_max: float | None = 1.0,
+    relative_alpha: bool = False,
+    sums: RankOneSums | None = None,
+) -> RankOneStep:
+    """One step of RankOne TO, ``A = u v^T``; ``q = (v.w)^2 + ||u||^2 ||w||^2``.
+
+    Args:
+        w, g, u, v, b: weights, gradient, the slope's factors and the offset, of one shape and dtype.
+        lr, alpha, beta: the rates of w, of u and v, and of b.
+        gamma_max: the guard's bound on ``alpha q + beta``; None switches it off.
+        relative_alpha: (ours) alpha is in units of ``1 / q``.
+        sums: the scalar products over the whole block, where the tensors are a piece of it; None takes
+            them from the tensors themselves.
+    """
+    s, ww, uu, ub, ug = rank_one_sums(w, g, u, v, b) if sums is None else sums
+    c = s * uu + ub - ug  # u.r
+    q = s * s + uu * ww
+    if relative_alpha:
+        alpha = alpha / _positive(q)
+    alpha = _guarded(alpha, beta, gamma_max, q)
+    target = g - s * u
+    r = b - target
+    s_new = s - alpha * c * ww  # v.w with the new v
+    u, v = u - alpha * s * r, v - alpha * c * w
+    b = (1 - beta) * b + beta * target
+    G = s_new * u + b
+    return RankOneStep(w - lr * G, u, v, b, G)
+
+
+def rank_one_sums(w: Tensor, g: Tensor, u: Tensor, v: Tensor, b: Tensor) -> RankOneSums:
+    """The scalar products of a RankOne step over the given tensors, 0-dim each."""
+    return RankOneSums((v * w).sum(), (w * w).sum(), (u * u).sum(), (u * b).sum(), (u * g).sum())
+
+
+def full(
+    w: Tensor,
+    g: Tensor,
+    b: Tensor,
+    slope_times_w: Tensor,
+    *,
+    lr: Scalar,
+    alpha: Scalar,
+    beta: Scalar,
+    gamma_max: float | None = 1.0,
+    relative_alpha: bool = False,
+) -> FullStep:
+    """One step of Full TO on a flat block of n weights; ``q = ||w||^2``.
+
+    The slope A enters only through the vector ``A w`` and leaves as a rank-one correction, so the caller
+    may hold it as a matrix (`full_dense_product`) or as its exact history (`full_history_product`).
+
+    Args:
+        w, g, b: weights, gradient and offset, each of n elements.
+        slope_times_w: ``A w`` with the old A, n elements.
+        lr, alpha, beta: the rates of w, A and b.
+        gamma_max: the guard's bound on ``alpha ||w||^2 + beta``; None switches it off.
+        relative_alpha: (ours) alpha is in units of ``1 / ||w||^2``.
+    """
+    q = (w * w).sum()
+    if relative_alpha:
+        alpha = alpha / _positive(q)
+    alpha = _guarded(alpha, beta, gamma_max, q)
+    target = g - slope_times_w
+    r = b - target
+    correction = alpha * r
+    b = (1 - beta) * b + beta * target
+    G = slope_times_w - correction * q + b  # (A - alpha r w^T) w + b
+    return FullStep(w - lr * G, b, G, correction)
+
+
+def full_dense_product(A: Tensor, w: Tensor) -> Tensor:
+    """``A w`` from the matrix A, (n, n)."""
+    return A @ w
+
+
+def full_dense_learn(A: Tensor, correction: Tensor, w: Tensor) -> Tensor:
+    """The new A, (n, n)."""
+    return A - correction.unsqueeze(-1) * w.unsqueeze(-2)
+
+
+def full_history_product(corrections: Tensor, weights: Tensor, w: Tensor) -> Tensor:
+    """``A w`` from the t past (correction, weights) pairs, (t, n) each: ``A = - sum_i correction_i w_i^T``.
+
+    Exact because A starts at zero. Costs ``2 t n`` multiplications and numbers where the matrix costs ``n^2``.
+    """
+    return -(corrections.mT @ (weights @ w))
+
+
+def rms_normalized(g: Tensor) -> tuple[Tensor, Tensor]:
+    """(ours) ``g`` divided by its own root mean square, and the share of one element in it.
+
+    Returns the normalised gradient, zeros for a gradient of zeros, and ``max|g| / ||g||``, 0-dim: 1 when one huge
+    element has silenced all the others, ``1/sqrt(n)`` when all are alike. Dividing by the largest element first
+    keeps the squares of any finite gradient finite.
+    """
+    scaled = g / _positive(g.abs().amax())
+    norm = _positive(torch.linalg.vector_norm(scaled))
+    return scaled * (g.numel() ** 0.5 / norm), scaled.abs().amax() / norm
+
+
+def _guarded(alpha: Scalar, beta: Scalar, gamma_max: float | None, q: Tensor) -> Scalar:
+    """alpha, lowered where ``alpha q + beta`` would pass gamma_max."""
+    if gamma_max is None:
+        return alpha
+    room = gamma_max - beta
+    room = room.clamp(min=0.0) if isinstance(room, Tensor) else max(room, 0.0)
+    return (room / _positive(q)).clamp(max=alpha)
+
+
+def _positive(x: Tensor) -> Tensor:
+    """x >= 0 as a divisor. The floor keeps every quotient finite in float32; squares below it count as zero."""
+    return x.clamp(min=1e-30)
