@@ -1,0 +1,7 @@
+"""What the model is trained on: files and hub sets, the Alpaca prompt, a look at one example."""
+
+from to_finetune.data.alpaca import alpaca_prompt
+from to_finetune.data.load import load_data
+from to_finetune.data.preview import check_labels, preview
+
+__all__ = ["alpaca_prompt", "check_labels", "load_data", "preview"]

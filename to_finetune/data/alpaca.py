@@ -1,0 +1,25 @@
+"""The Alpaca prompt, and its like for chat messages where a tokenizer has no chat template."""
+
+from __future__ import annotations
+
+PREAMBLE = "Below is an instruction that describes a task"
+REQUEST = "Write a response that appropriately completes the request."
+
+# For base models: turns in Alpaca's headings. The generation markers tell TRL which tokens are the assistant's.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] + '\\n\\n### Response:\\n' }}"
+    "{% else %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\\n\\n' }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def alpaca_prompt(instruction: str, input: str | None = "") -> str:
+    """The prompt of Stanford Alpaca, which the response follows."""
+    if input:
+        return (
+            f"{PREAMBLE}, paired with an input that provides further context. {REQUEST}\n\n"
+            f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+        )
+    return f"{PREAMBLE}. {REQUEST}\n\n### Instruction:\n{instruction}\n\n### Response:\n"

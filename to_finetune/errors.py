@@ -1,0 +1,20 @@
+"""The two ways a run can end badly, and the sentence that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be: a flag, a key, a file, a name. Exit code 2."""
+
+
+class RunError(RuntimeError):
+    """The run is not doing what was asked, or cannot go on. Exit code 1."""
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """ " Did you mean 'x'?" with the up to three nearest choices, or nothing."""
+    close = get_close_matches(name, list(choices), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

@@ -1,0 +1,183 @@
+"""The story of one fine-tuning run: `accelerate launch -m to_finetune.finetune --config recipe.yaml`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import torch
+import yaml
+from rich.console import Console
+from rich.syntax import Syntax
+from rich.table import Table
+from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from to_finetune.data import check_labels, load_data, preview
+from to_finetune.data.alpaca import CHAT_TEMPLATE
+from to_finetune.errors import RunError, UsageError
+from to_finetune.model import load_model, select_trainable
+from to_finetune.model.subset import Subset
+from to_finetune.report.plot import plot_losses
+from to_finetune.training.arguments import (
+    DataArguments,
+    FinetuneArguments,
+    ModelArguments,
+    parse_arguments,
+    resolved_config,
+)
+from to_finetune.training.callbacks import SaveOnSignal, StopOnNonFinite, TerminalLines, TerminalProgress
+from to_finetune.training.launch import check_processes
+from to_finetune.training.proofs import check_saved
+from to_finetune.training.record import RunRecord, resume_point, summarise
+from to_finetune.training.trainer import TOSFTTrainer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `finetune.py`; returns its exit code: 0 done, 1 a failed run, 2 bad usage, 128 + n stopped by signal n."""
+    try:
+        return finetune(*parse_arguments(argv))
+    except (UsageError, RunError) as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {error}", markup=True, highlight=False)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def finetune(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArguments) -> int:
+    """Fine-tune, and leave the trained weights, the record and the plot in ``args.output_dir``; returns the exit code.
+
+    Raises:
+        UsageError: for what was asked and cannot be.
+        RunError: when the run does not do what was asked, or diverges.
+    """
+    console = Console(quiet=not args.should_log)
+    check_processes(args.world_size)
+    resume = resume_point(args.resume_from_checkpoint, args.output_dir)
+    record = RunRecord(args.output_dir, resolved_config(model_args, data_args, args))
+    record.check_folder(resume)
+    args.distributed_state.wait_for_everyone()  # all have looked before the first one writes
+    console.rule(f"to_finetune  {args.optim}  {args.world_size} process(es) on {args.device.type}", align="left")
+    console.print(Syntax(yaml.safe_dump(record.config, sort_keys=False), "yaml", background_color="default"))
+
+    tokenizer, model, subset = prepare_model(model_args, args)
+    console.print(subset.table())
+    train_dataset, eval_dataset = prepare_data(data_args, args, tokenizer)
+    trainer = TOSFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+    )
+    check_labels(trainer.train_dataset, args.max_length)
+    console.print(preview(trainer.train_dataset, tokenizer))
+
+    signals = SaveOnSignal()
+    for hf_callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(hf_callback)
+    progress = TerminalProgress() if sys.stderr.isatty() else TerminalLines()
+    for callback in (progress, StopOnNonFinite(), signals):
+        trainer.add_callback(callback)
+    if args.should_save:
+        record.begin()
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+        if signals.received:
+            return interrupted(record, signals, console, args)
+        results = finish(trainer, args)
+    except BaseException as error:
+        if args.should_save:
+            record.update(status="failed", error=f"{type(error).__name__}: {error}", proofs=trainer.engagement.proofs)
+        raise
+    finally:
+        signals.restore()
+    if args.should_save:
+        record.update(status="done", results=results, proofs=trainer.engagement.proofs)
+        plot_losses({args.optim: trainer.state.log_history}, record.folder / "loss.png", title=str(record.folder))
+    console.print(summary(results, record))
+    return 0
+
+
+def prepare_model(model_args: ModelArguments, args: FinetuneArguments) -> tuple[Any, Any, Subset]:
+    """The tokenizer, the base model with all but the subset frozen, and the subset."""
+    mixed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    model, tokenizer = load_model(
+        model_args.model_name_or_path,
+        model_args.model_revision,
+        getattr(torch, model_args.dtype or mixed or "float32"),
+        model_args.attn_implementation,
+        args.trust_remote_code,
+    )
+    subset = select_trainable(model, model_args.unfrozen_parameters)
+    if mixed:
+        # Small updates of 16-bit weights round to nothing; autocast casts the float32 ones for each use.
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.float()
+    return tokenizer, model, subset
+
+
+def prepare_data(data_args: DataArguments, args: FinetuneArguments, tokenizer: Any) -> tuple[Any, Any]:
+    """The training and held-out rows; for chat messages also the template and the masking that they need."""
+    datasets.disable_progress_bars()
+    train, held_out = load_data(
+        data_args.dataset_name,
+        data_args.dataset_config,
+        data_args.dataset_train_split,
+        data_args.eval_dataset_name,
+        data_args.dataset_test_split,
+        data_args.val_set_size,
+    )
+    if len(train) > 20_000:
+        datasets.enable_progress_bars()  # tokenizing takes long enough to want them
+    chat = bool({"messages", "conversations"} & set(train.column_names))
+    if chat and tokenizer.chat_template is None:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    if args.assistant_only_loss is None:
+        args.assistant_only_loss = chat
+    if held_out is None and args.eval_strategy != "no":
+        raise UsageError(f"eval_strategy={args.eval_strategy.value!r} needs --eval_dataset_name or --val_set_size.")
+    return train, held_out
+
+
+def finish(trainer: TOSFTTrainer, args: FinetuneArguments) -> dict[str, Any]:
+    """Evaluate, save, read back what was saved, and sum the run up."""
+    history, step = trainer.state.log_history, trainer.state.global_step
+    if trainer.eval_dataset is not None and not any("eval_loss" in row and row["step"] == step for row in history):
+        trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    if args.should_save and trainer.is_partly_frozen():
+        trainer.engagement.proofs["saved_bytes_read_back"] = check_saved(
+            trainer.accelerator.unwrap_model(trainer.model), args.output_dir
+        )
+    return {**summarise(history), "processes": args.world_size}
+
+
+def interrupted(record: RunRecord, signals: SaveOnSignal, console: Console, args: FinetuneArguments) -> int:
+    """Say where the run can go on from; returns the shell's exit code for the signal."""
+    assert signals.received is not None
+    last = get_last_checkpoint(args.output_dir)
+    if args.should_save:
+        record.update(status="interrupted", checkpoint=last)
+    console.print(f"{signals.received.name}: saved {last}. Go on with --resume_from_checkpoint true.")
+    return 128 + signals.received
+
+
+def summary(results: dict[str, Any], record: RunRecord) -> Table:
+    """What came out, and where it lies."""
+    table = Table(show_header=False, box=None, title="Done", title_justify="left", title_style="bold")
+    for name, value in results.items():
+        if value is not None:
+            table.add_row(name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
+    for file in ("trained.safetensors", "run.json", "config.yaml", "loss.png"):
+        if (record.folder / file).exists():
+            table.add_row(file.split(".")[0], str(record.folder / file))
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""Which weights train: the parameters that a list of regular expressions finds, all others frozen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rich.table import Table
+from torch import nn
+
+from to_finetune.errors import UsageError, did_you_mean
+
+
+class Match(NamedTuple):
+    """What one pattern selected."""
+
+    pattern: str
+    tensors: int
+    weights: int
+
+
+@dataclass
+class Subset:
+    """The trained parameters of a model."""
+
+    names: list[str]
+    weights: int
+    total_weights: int
+    matches: list[Match]
+
+    def table(self) -> Table:
+        """One row a pattern, and the sum (a parameter that two patterns find counts once in the sum)."""
+        table = Table(title="Trained weights", title_justify="left", header_style="bold")
+        table.add_column("pattern")
+        for column in ("tensors", "weights", "share"):
+            table.add_column(column, justify="right")
+        for match in self.matches:
+            table.add_row(match.pattern, f"{match.tensors:,}", f"{match.weights:,}", self._share(match.weights))
+        table.add_section()
+        table.add_row("trained", f"{len(self.names):,}", f"{self.weights:,}", self._share(self.weights), style="bold")
+        table.add_row("all", "", f"{self.total_weights:,}", "", style="dim")
+        return table
+
+    def _share(self, weights: int) -> str:
+        return f"{weights / self.total_weights:.1%}"
+
+
+def select_trainable(model: nn.Module, patterns: Sequence[str] | None) -> Subset:
+    """Freeze every parameter of `model` but those whose name one of `patterns` is found in (`re.search`).
+
+    The form of axolotl's `unfrozen_parameters` and of Spectrum's YAML. A name that is tied to another one selects
+    the shared tensor. None trains everything.
+
+    Raises:
+        UsageError: for a pattern that is no regular expression, or that finds nothing (with the nearest names).
+    """
+    # Tied names (an output head that shares the embedding) lead to one tensor, counted once.
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    sizes = {id(p): p.numel() for p in parameters.values()}
+    patterns = list(patterns) if patterns is not None else [".*"]
+    if not patterns:
+        raise UsageError("unfrozen_parameters is empty, so nothing would train; leave it out to train everything.")
+
+    trained: set[int] = set()
+    matches = []
+    for pattern in patterns:
+        found = {id(p) for name, p in parameters.items() if _compiled(pattern).search(name)}
+        if not found:
+            plain = re.sub(r"[\\^$()|?*+]", "", pattern)
+            raise UsageError(
+                f"unfrozen_parameters: {pattern!r} is found in none of the {len(parameters)} parameter names."
+                f"{did_you_mean(plain, parameters)} The names run from {next(iter(parameters))!r} "
+                f"to {list(parameters)[-1]!r}."
+            )
+        matches.append(Match(pattern, len(found), sum(sizes[i] for i in found)))
+        trained |= found
+    for p in parameters.values():
+        p.requires_grad_(id(p) in trained)
+    return Subset(
+        names=[name for name, p in model.named_parameters() if p.requires_grad],
+        weights=sum(sizes[i] for i in trained),
+        total_weights=sum(sizes.values()),
+        matches=matches,
+    )
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"unfrozen_parameters: {pattern!r} is not a regular expression: {error}.") from None

@@ -1,0 +1,54 @@
+"""The loss curves of one run or of several, as a picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+)  # Okabe and Ito: safe for colour-blind eyes
+
+
+def plot_losses(
+    histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str], title: str = ""
+) -> None:
+    """Draw training loss (line) and held-out loss (dots, dashed) over the steps.
+
+    Args:
+        histories: for each run's label, the Trainer's ``state.log_history``.
+        path: where to write, by its ending: .png, .svg or .pdf.
+        title: stands above the picture.
+    """
+    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    for i, (label, history) in enumerate(histories.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        steps, losses = _series(history, "loss")
+        axes.plot(steps, losses, color=colour, linewidth=1.6, label=label)
+        steps, losses = _series(history, "eval_loss")
+        if steps:
+            final = f"{label}, held out (ends at {losses[-1]:.3f})"
+            axes.plot(steps, losses, "o--", color=colour, markersize=5, linewidth=1.0, alpha=0.8, label=final)
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    rows = [row for row in history if key in row]
+    return [row["step"] for row in rows], [row[key] for row in rows]

@@ -1,0 +1,13 @@
+"""Training with Hugging Face: arguments, the Trainer mixin, the proofs that a run does what was asked."""
+
+from to_finetune.training.arguments import FinetuneArguments, TOTrainingArguments, TrainableOptimizerArguments
+from to_finetune.training.trainer import TOSFTTrainer, TOTrainer, TrainableOptimizerMixin
+
+__all__ = [
+    "FinetuneArguments",
+    "TOSFTTrainer",
+    "TOTrainer",
+    "TOTrainingArguments",
+    "TrainableOptimizerArguments",
+    "TrainableOptimizerMixin",
+]

@@ -1,0 +1,243 @@
+"""The flags of a run, from a YAML file and the command line: Hugging Face's own, with the Trainable Optimizers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+from trl import SFTConfig, TrlParser
+
+from to_finetune.errors import UsageError, did_you_mean
+from to_finetune.training.optimizers import (
+    OPTIMIZERS,
+    RECOMMENDED_LEARNING_RATE,
+    check_options,
+    optimizer_options,
+    parse_optim_args,
+)
+
+
+@dataclass
+class ModelArguments:
+    """The base model and the part of it that is trained."""
+
+    model_name_or_path: str = field(metadata={"help": "A folder or a hub name of a causal language model."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the hub."})
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the weights are loaded. Default: bfloat16 with --bf16, float16 with --fp16 (the trained part "
+            "is then kept in float32), else float32.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "sdpa, eager, flash_attention_2, ...: Hugging Face's own switch."}
+    )
+    unfrozen_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Regular expressions; the parameters whose name one of them is found in are trained, all others "
+            "frozen. Default: everything is trained."
+        },
+    )
+
+
+@dataclass
+class DataArguments:
+    """What the model is trained on."""
+
+    dataset_name: str = field(metadata={"help": "A .json, .jsonl, .csv, .parquet or .txt file, or a hub name."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on, e.g. 'train[:2000]'."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out data: a file or a hub name."})
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on. Default: 'train' of a file, 'test' of a hub dataset."}
+    )
+    val_set_size: float = field(
+        default=0.0,
+        metadata={"help": "Rows (or, below 1, the share) of the training data to hold out, the same for every --seed."},
+    )
+
+
+@dataclass
+class TrainableOptimizerArguments:
+    """Adds the Trainable Optimizers to a `transformers.TrainingArguments`; list it before that class."""
+
+    optim: str = field(
+        default="diagonal_to", metadata={"help": "diagonal_to, rank_one_to, full_to, or any name that HF knows."}
+    )
+    optim_args: str | None = field(
+        default=None, metadata={"help": "Options of the optimizer: 'alpha=0.1,beta=0.1', or a mapping in YAML."}
+    )
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": f"Default: {RECOMMENDED_LEARNING_RATE} for the TO names, 5e-5 for all others."},
+    )
+    max_grad_norm: float | None = field(
+        default=None,
+        metadata={
+            "help": "Clip the gradient to this norm. Default: 1.0, but 0 (off) for a TO with grad_scale='rms', "
+            "which undoes any clipping."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        name = self.optim
+        hf_names = [option.value for option in OptimizerNames]
+        if name not in OPTIMIZERS and name not in hf_names:
+            choices = [*OPTIMIZERS, *hf_names]
+            raise UsageError(f"optim={name!r} is not known.{did_you_mean(name, choices)} One of {', '.join(choices)}.")
+        scaled = False
+        if name in OPTIMIZERS:
+            self.to_options = optimizer_options(name, self.optim_args)
+            scaled = self.to_options.get("grad_scale") is not None
+            if self.learning_rate is None:
+                self.learning_rate = RECOMMENDED_LEARNING_RATE
+            check_options(name, self.to_options, self.learning_rate)
+        elif isinstance(self.optim_args, dict):
+            self.optim_args = ",".join(f"{key}={value}" for key, value in parse_optim_args(self.optim_args).items())
+        if self.learning_rate is None:
+            self.learning_rate = 5e-5
+        if self.max_grad_norm is None:
+            self.max_grad_norm = 0.0 if scaled else 1.0
+
+        if name in OPTIMIZERS:  # HF's own check refuses names that it does not know
+            self.optim = OptimizerNames.ADAMW_TORCH
+        super().__post_init__()  # type: ignore[misc]
+        self.optim = name
+
+
+@dataclass
+class TOTrainingArguments(TrainableOptimizerArguments, TrainingArguments):  # type: ignore[misc]
+    """`transformers.TrainingArguments` that know the Trainable Optimizers."""
+
+
+@dataclass
+class FinetuneArguments(TrainableOptimizerArguments, SFTConfig):
+    """`trl.SFTConfig` that knows the Trainable Optimizers, with the defaults of a fine-tuning run."""
+
+    output_dir: str = field(default="runs/finetune", metadata={"help": "Where the run is written; must be new."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bfloat16 mixed precision. Default: on where the GPU has it."}
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations in the backward pass instead of keeping them."}
+    )
+    assistant_only_loss: bool | None = field(
+        default=None, metadata={"help": "For chat messages: loss on the assistant's turns only. Default: on."}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide a non-finite loss. Default: off."})
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (HF's parser needs this order)
+        default="tensorboard", metadata={"help": "tensorboard, wandb, ..., or none."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if not torch.cuda.is_available():
+            self.dataloader_pin_memory = False
+        if self.gradient_checkpointing and hasattr(self, "activation_checkpointing"):
+            self.activation_checkpointing = True  # its name from transformers 5.2x on; the old one warns
+        super().__post_init__()
+
+
+class _Parser(TrlParser):
+    def error(self, message: str) -> Any:
+        raise UsageError(message)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, FinetuneArguments]:
+    """Parse ``--config recipe.yaml`` and the flags that override it.
+
+    Raises:
+        UsageError: naming every unknown key with the nearest known one, or the bad value.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser((ModelArguments, DataArguments, FinetuneArguments), allow_abbrev=False)
+    parser.prog = "finetune.py"
+    known = {action.dest for action in parser._actions} | {"config"}
+
+    config, argv = _take_config(argv)
+    flags = [item[2:].split("=")[0] for item in argv if item.startswith("--")]
+    problems = [
+        f"Unknown {where} {key!r}.{did_you_mean(key, known)}"
+        for where, keys in (("key in the configuration file", config), ("flag", flags))
+        for key in keys
+        if key.replace("-", "_") not in known
+    ]
+    if problems:
+        raise UsageError(" ".join(problems))
+    parser.set_defaults_with_config(**config)
+    try:
+        model, data, training, *rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    except UsageError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise UsageError(str(error)) from error
+    if rest[0]:
+        raise UsageError(f"Cannot make sense of {' '.join(rest[0])!r}: a flag begins with '--'.")
+    return model, data, training
+
+
+def _take_config(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The mapping in the file that ``--config`` names, and the other flags."""
+    for i, item in enumerate(argv):
+        flag, equals, value = item.partition("=")
+        if flag != "--config":
+            continue
+        if not equals and i + 1 == len(argv):
+            raise UsageError("--config needs a file name.")
+        path = Path(value if equals else argv[i + 1])
+        rest = argv[:i] + argv[i + (1 if equals else 2) :]
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"--config {path}: {error.strerror}.") from None
+        except yaml.YAMLError as error:
+            raise UsageError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(config, dict):
+            raise UsageError(f"--config {path} must hold a mapping of keys to values.")
+        return config, rest
+    return {}, argv
+
+
+def resolved_config(model: ModelArguments, data: DataArguments, training: FinetuneArguments) -> dict[str, Any]:
+    """What a run really uses, where it differs from the defaults or was worked out: a recipe that repeats the run."""
+    pairs: list[tuple[Any, Any]] = [
+        (model, ModelArguments(model_name_or_path="")),
+        (data, DataArguments(dataset_name="")),
+        (training, FinetuneArguments(output_dir="")),
+    ]
+    always = ("optim", "learning_rate", "max_grad_norm", "bf16", "seed", "max_length")
+    config = {
+        f.name: getattr(given, f.name)
+        for given, default in pairs
+        for f in fields(given)
+        if f.name in always or getattr(given, f.name) != getattr(default, f.name)
+    }
+    config.pop("hub_token", None)
+    if training.optim in OPTIMIZERS:
+        config["optim_args"] = {
+            key: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+            for key, value in training.to_options.items()
+        }
+    return {key: _plain(value) for key, value in config.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Enums and other string-likes as what YAML can hold."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    return str(getattr(value, "value", value))

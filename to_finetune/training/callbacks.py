@@ -1,0 +1,122 @@
+"""What happens beside the training: a clear terminal, a stop on NaN, a checkpoint on Ctrl-C."""
+
+from __future__ import annotations
+
+import math
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from to_finetune.errors import RunError
+
+# key in the log -> how a line of the terminal shows it
+COLUMNS = {
+    "loss": "loss {:.4f}",
+    "eval_loss": "held-out loss {:.4f}",
+    "learning_rate": "lr {:.2e}",
+    "grad_norm": "|g| {:.2e}",
+    "estimate_error": "estimate error {:.3f}",
+    "gradient_peak": "peak {:.2f}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+}
+
+
+class TerminalLines(TrainerCallback):
+    """One short line a log, for a terminal or a log file."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        shown = [form.format(logs[key]) for key, form in COLUMNS.items() if logs and key in logs]
+        if shown and state.is_world_process_zero:
+            step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+            self.write("  ".join([step, *shown]))
+
+    def write(self, line: str) -> None:
+        print(line, flush=True)
+
+
+class TerminalProgress(TerminalLines, ProgressCallback):
+    """The same lines above Hugging Face's progress bar."""
+
+    def write(self, line: str) -> None:
+        if self.training_bar is None:
+            super().write(line)
+        else:
+            self.training_bar.write(line)
+
+
+class StopOnNonFinite(TrainerCallback):
+    """Stops a run whose loss is NaN or infinite, at the first log that shows it."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for key in ("loss", "eval_loss"):
+            value = (logs or {}).get(key, 0.0)
+            if not math.isfinite(value):
+                raise RunError(
+                    f"{key} is {value} at step {state.global_step}: the run has diverged. Lower --learning_rate "
+                    "or alpha; the last checkpoint before it is still good."
+                )
+
+
+class SaveOnSignal(TrainerCallback):
+    """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second signal stops at once.
+
+    Attributes:
+        received: the signal that stopped the run, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._receive)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._any_process_received(args):
+            self.received = self.received or signal.SIGTERM
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        while self._previous:
+            signal.signal(*self._previous.popitem())
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        print(f"\n{self.received.name}: saving a checkpoint after this step; once more to stop at once.", flush=True)
+        self.restore()
+
+    def _any_process_received(self, args: TrainingArguments) -> bool:
+        """All processes must stop at the same step, though the signal may reach them at different ones."""
+        if args.world_size == 1:
+            return self.received is not None
+        flag = torch.tensor(int(self.received is not None), device=args.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag)

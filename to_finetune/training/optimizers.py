@@ -1,0 +1,91 @@
+"""The Trainable Optimizers under their Hugging Face names, with the options that we recommend for an LLM."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from to_finetune.errors import UsageError, did_you_mean
+from to_finetune.optim import DiagonalTO, FullTO, RankOneTO, TrainableOptimizer
+
+OPTIMIZERS: dict[str, type[TrainableOptimizer]] = {
+    "diagonal_to": DiagonalTO,
+    "rank_one_to": RankOneTO,
+    "full_to": FullTO,
+}
+
+# Ours, not the paper's: on normalised gradients, with alpha relative to the weights' own scale, the rates mean the
+# same for every tensor and model. Measured in scripts/benchmarks/stories260k.json.
+RECOMMENDED_OPTIONS: dict[str, Any] = {
+    "alpha": 0.3,
+    "beta": 0.1,
+    "relative_alpha": True,
+    "grad_scale": "rms",
+    "decoupled_weight_decay": True,
+}
+RECOMMENDED_LEARNING_RATE = 8e-3
+
+
+def optimizer_options(name: str, optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """The keyword arguments of the TO called `name`: the recommended ones, overridden by `optim_args`.
+
+    Args:
+        name: a key of `OPTIMIZERS`.
+        optim_args: ``"alpha=0.1,beta=0.1"`` as Hugging Face writes it, or a mapping.
+
+    Raises:
+        UsageError: for an argument that the optimizer does not have, or one that is not ``key=value``.
+    """
+    flags = {"lr": "--learning_rate", "learning_rate": "--learning_rate", "weight_decay": "--weight_decay"}
+    allowed = [key for key in inspect.signature(OPTIMIZERS[name]).parameters if key not in ("params", *flags)]
+    options = dict(RECOMMENDED_OPTIONS)
+    for key, value in parse_optim_args(optim_args).items():
+        if key in flags:
+            raise UsageError(f"optim_args: {key}={value} is not taken here; use {flags[key]}.")
+        if key not in allowed:
+            raise UsageError(
+                f"optim_args: {name} has no option {key!r}.{did_you_mean(key, allowed)} Options: {', '.join(allowed)}."
+            )
+        options[key] = _state_dtype(value) if key == "state_dtype" else value
+    return options
+
+
+def check_options(name: str, options: Mapping[str, Any], learning_rate: float) -> None:
+    """Build the optimizer once on a dummy weight, so that a bad value is refused before anything is loaded."""
+    try:
+        OPTIMIZERS[name]([torch.zeros(1)], lr=learning_rate, **options)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"optim_args of {name}: {error}") from None
+
+
+def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """``"alpha=0.1,grad_scale=None"`` or a mapping as a dict with Python values."""
+    if not optim_args:
+        return {}
+    if isinstance(optim_args, Mapping):
+        return {key: _literal(value) for key, value in optim_args.items()}
+    options = {}
+    for item in optim_args.split(","):
+        key, equals, value = item.strip().partition("=")
+        if not equals:
+            raise UsageError(f"optim_args: {item.strip()!r} is not of the form key=value.")
+        options[key.strip()] = _literal(value.strip())
+    return options
+
+
+def _literal(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return ast.literal_eval({"true": "True", "false": "False", "none": "None", "null": "None"}.get(value, value))
+    except (ValueError, SyntaxError):
+        return value
+
+
+def _state_dtype(value: Any) -> Any:
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return dtypes.get(str(value).removeprefix("torch."), value)

@@ -1,0 +1,140 @@
+"""The proofs of engagement: a run that does not train what was asked, with what was asked, stops and says so."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from to_finetune.errors import RunError
+from to_finetune.model.trained import read_trained
+
+
+class EngagementProofs(TrainerCallback):
+    """Checks the live optimizer before the first step, and what moved after it and at the end.
+
+    Args:
+        expected: the optimizer class that was asked for; None where only Hugging Face knows it (a factory).
+
+    Attributes:
+        proofs: what was shown so far, for the run's record.
+    """
+
+    def __init__(self, expected: type[Optimizer] | None) -> None:
+        self.expected = expected
+        self.proofs: dict[str, Any] = {}
+        self._before: dict[str, int] = {}
+        self._steps = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model, live = kwargs["model"], unwrapped(kwargs["optimizer"])
+        self.proofs["live_optimizer"] = check_optimizer(live, self.expected)
+        self.proofs["trained_tensors"] = check_trained_parameters(model, live)
+        self._before = fingerprints(model)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if "moved_after_first_step" in self.proofs:
+            return
+        moved = self._moved(kwargs["model"])
+        self._steps += 1
+        if moved:
+            self.proofs["moved_after_first_step"] = len(moved)
+            self.proofs["frozen_tensors_unmoved"] = len(self._before) - self.proofs["trained_tensors"]
+        elif self._steps == 2:  # the first step of a warm-up has rate 0, where nothing can move
+            raise RunError(
+                "No trained weight moved in the first steps: no gradient reaches them, or the rate is too low."
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trained = {name for name, p in kwargs["model"].named_parameters() if p.requires_grad}
+        self.proofs["never_moved"] = sorted(trained - self._moved(kwargs["model"]))
+
+    def _moved(self, model: nn.Module) -> set[str]:
+        """The trained tensors that differ from the start.
+
+        Raises:
+            RunError: when a frozen one does.
+        """
+        moved = {name for name, value in fingerprints(model).items() if value != self._before[name]}
+        frozen = [name for name, p in model.named_parameters() if name in moved and not p.requires_grad]
+        if frozen:
+            raise RunError(
+                f"{len(frozen)} frozen tensors changed, {frozen[0]} first: something else than --optim writes."
+            )
+        return moved
+
+
+def unwrapped(optimizer: Any) -> Optimizer:
+    """The optimizer inside accelerate's (and others') wrappers."""
+    while not isinstance(optimizer, Optimizer) or type(optimizer).__name__ == "AcceleratedOptimizer":
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def check_optimizer(live: Optimizer, expected: type[Optimizer] | None) -> str:
+    """The live optimizer's class name.
+
+    Raises:
+        RunError: when it is not the class that was asked for.
+    """
+    name = type(live).__name__
+    if expected is not None and not isinstance(live, expected):
+        raise RunError(
+            f"The live optimizer is {name}, not {expected.__name__}, which was asked for. Under DeepSpeed, remove the "
+            "'optimizer' block of its JSON; do not pass optimizers= to the Trainer, use optim= or the mixin."
+        )
+    return name
+
+
+def check_trained_parameters(model: nn.Module, live: Optimizer) -> int:
+    """The number of trained tensors.
+
+    Raises:
+        RunError: when the optimizer's tensors are not exactly the model's that require a gradient.
+    """
+    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise RunError("Nothing trains: no parameter of the model requires a gradient.")
+    held = {id(p) for group in live.param_groups for p in group["params"]}
+    missing, extra = set(trained) - held, held - set(trained)
+    if missing or extra:
+        first = f", {trained[next(iter(missing))]} first" if missing else ""
+        raise RunError(
+            f"The optimizer holds {len(extra)} tensors that do not train and misses {len(missing)} that do{first}."
+        )
+    return len(trained)
+
+
+@torch.no_grad()
+def fingerprints(model: nn.Module) -> dict[str, int]:
+    """A 64-bit sum of every parameter's bits: it changes with any one of them."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+    def bits(p: Tensor) -> Tensor:
+        return p.detach().contiguous().view(-1).view(integer[p.element_size()]).sum(dtype=torch.int64)
+
+    return {name: int(bits(p)) for name, p in model.named_parameters()}
+
+
+def check_saved(model: nn.Module, folder: str | os.PathLike[str]) -> int:
+    """Read the saved trained tensors again and compare them with the live ones bit for bit; returns their bytes.
+
+    Raises:
+        RunError: when they differ.
+    """
+    saved, _ = read_trained(folder)
+    live = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if saved.keys() != live.keys():
+        raise RunError(f"{folder}: {len(saved)} tensors were saved where {len(live)} train.")
+    for name, tensor in saved.items():
+        if not torch.equal(tensor, live[name].detach().cpu()):
+            raise RunError(f"{folder}: {name} does not read back as it was saved.")
+    return sum(tensor.nbytes for tensor in saved.values())

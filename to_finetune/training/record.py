@@ -1,0 +1,124 @@
+"""A run's folder and its record: config.yaml repeats the run, run.json says what happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
+
+from to_finetune.errors import UsageError
+
+PACKAGES = ("to-finetune", "torch", "transformers", "trl", "accelerate", "datasets", "safetensors")
+MUST_AGREE = ("model_name_or_path", "model_revision", "unfrozen_parameters", "optim", "optim_args")
+
+
+class RunRecord:
+    """The folder of one run. Both files are written beside and renamed, so that neither is ever half there."""
+
+    def __init__(self, folder: str, config: dict[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.values: dict[str, Any] = {
+            "status": "running",
+            "command": shlex.join(sys.argv),
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": {"python": platform.python_version(), **_versions()},
+        }
+        self.config = config
+
+    def check_folder(self, resume: str | bool | None) -> None:
+        """Refuse a folder that holds another run, and a resume that is not of the same run.
+
+        Raises:
+            UsageError: naming the folder, or the keys that differ.
+        """
+        saved = self.folder / "config.yaml"
+        if resume is None:
+            if (self.folder / "run.json").exists():
+                raise UsageError(
+                    f"output_dir={str(self.folder)!r} holds another run. Choose a new folder, "
+                    "or continue that run with --resume_from_checkpoint true."
+                )
+            return
+        if saved.exists():
+            before = yaml.safe_load(saved.read_text(encoding="utf-8"))
+            differing = [key for key in MUST_AGREE if before.get(key) != self.config.get(key)]
+            if differing:
+                raise UsageError(
+                    f"resume_from_checkpoint: the run in {str(self.folder)!r} had "
+                    + ", ".join(f"{key}={before.get(key)!r}, now {self.config.get(key)!r}" for key in differing)
+                    + ". Resume with the same settings, or start a new run."
+                )
+
+    def begin(self) -> None:
+        """Write both files."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+        self.update()
+
+    def update(self, **values: Any) -> None:
+        """Add to run.json."""
+        self.values.update(values)
+        write_whole(self.folder / "run.json", json.dumps(self.values, indent=2, ensure_ascii=False) + "\n")
+
+
+def resume_point(asked: str | None, output_dir: str) -> str | None:
+    """The checkpoint to go on from: the one named, or the last one for ``--resume_from_checkpoint true``.
+
+    Raises:
+        UsageError: when there is none.
+    """
+    word = str(asked).lower()
+    if word in ("none", "false"):
+        return None
+    if word != "true":
+        if not os.path.isdir(str(asked)):
+            raise UsageError(f"resume_from_checkpoint={asked!r}: no such folder. 'true' takes the last checkpoint.")
+        return asked
+    last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    if last is None:
+        raise UsageError(f"resume_from_checkpoint={asked!r}: there is no checkpoint in {output_dir!r}.")
+    return last
+
+
+def summarise(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a Trainer's ``state.log_history`` comes to; losses in nats a token."""
+    losses = [row["loss"] for row in history if "loss" in row]
+    first = losses[: len(losses) // 5]
+
+    def last(key: str) -> Any:
+        return next((row[key] for row in reversed(history) if key in row), None)
+
+    return {
+        "steps": last("step"),
+        "train_loss_mean": sum(losses) / len(losses) if losses else None,
+        "train_loss_first_fifth": sum(first) / len(first) if first else None,
+        "eval_loss": last("eval_loss"),
+        "train_seconds": last("train_runtime"),
+    }
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write beside and rename: a reader sees the old file or the new one."""
+    beside = path.with_name(path.name + ".partial")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,113 @@
+"""The Trainable Optimizers on Hugging Face's Trainer and TRL's SFTTrainer, through one mixin."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+from trl import SFTTrainer
+
+from to_finetune.model.trained import TRAINED_WEIGHTS_NAME, load_trained, save_trained
+from to_finetune.optim import TrainableOptimizer
+from to_finetune.training.arguments import TrainableOptimizerArguments
+from to_finetune.training.optimizers import OPTIMIZERS
+from to_finetune.training.proofs import EngagementProofs, unwrapped
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:  # the mixin stands before a Trainer, whichever it is
+    _Base = object
+
+
+class TrainableOptimizerMixin(_Base):
+    """Put before a `transformers.Trainer` class: ``class MyTrainer(TrainableOptimizerMixin, Trainer)``.
+
+    Takes arguments that are a `TrainableOptimizerArguments`. Creates the optimizer that ``optim`` names, proves that
+    it is the one that trains, logs its quantities, and saves the trained tensors alone where a part is frozen.
+
+    Attributes:
+        engagement: the proofs, filled in while training.
+    """
+
+    model: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        expected, _ = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        is_class = isinstance(expected, type) and issubclass(expected, Optimizer)
+        self.engagement = EngagementProofs(expected if is_class else None)
+        self.add_callback(self.engagement)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
+        """The class that ``args.optim`` names and its keyword arguments, the TO names first."""
+        if isinstance(args, TrainableOptimizerArguments) and args.optim in OPTIMIZERS:
+            return OPTIMIZERS[args.optim], {"lr": args.learning_rate, **args.to_options}
+        return Trainer.get_optimizer_cls_and_kwargs(args, model)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the estimate's relative error (and, with grad_scale, the gradient's peak) of the last step."""
+        if "loss" in logs:
+            optimizer = unwrapped(self.optimizer)
+            if isinstance(optimizer, TrainableOptimizer):
+                for key, value in (
+                    ("estimate_error", optimizer.estimate_error()),
+                    ("gradient_peak", optimizer.gradient_peak()),
+                ):
+                    if not value.isnan():
+                        logs[key] = value.item()
+        super().log(logs, start_time)
+
+    def is_partly_frozen(self) -> bool:
+        return any(not p.requires_grad for p in self.model.parameters()) and not hasattr(self.model, "peft_config")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.is_partly_frozen():
+            super()._save(output_dir, state_dict)
+            return
+        folder = str(output_dir or self.args.output_dir)
+        save_trained(self.model, folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if os.path.isfile(os.path.join(resume_from_checkpoint, TRAINED_WEIGHTS_NAME)):
+            load_trained(model or self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        best = str(self.state.best_model_checkpoint)
+        if os.path.isfile(os.path.join(best, TRAINED_WEIGHTS_NAME)):
+            load_trained(self.model, best)
+        else:
+            super()._load_best_model()
+
+
+class TOTrainer(TrainableOptimizerMixin, Trainer):
+    """`transformers.Trainer` with the Trainable Optimizers."""
+
+
+class TOSFTTrainer(TrainableOptimizerMixin, SFTTrainer):
+    """`trl.SFTTrainer` with the Trainable Optimizers, and with its speed in the log."""
+
+    _last_log: tuple[float, float] | None = None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the tokens a second since the last log, over all processes."""
+        if "loss" in logs:
+            now, tokens = time.perf_counter(), self._total_train_tokens
+            before, tokens_before = self._last_log or (self._train_start, 0)
+            logs["tokens_per_second"] = (tokens - tokens_before) / (now - before)
+            self._last_log = (now, tokens)
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._train_start = time.perf_counter()
+        return super().train(*args, **kwargs)
