@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -17,6 +19,7 @@ from to_finetune.optim.schedules import SCHEDULES, Rates, rates_at
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Group = dict[str, Any]
+NUMBERS = ("lr", "alpha", "beta", "alpha_decay", "lr_decay", "t0", "gamma_max", "max_norm", "weight_decay")
 
 
 class TrainableOptimizer(Optimizer, ABC):
@@ -135,19 +138,22 @@ class TrainableOptimizer(Optimizer, ABC):
             for p in group["params"]:
                 if not p.is_floating_point():
                     raise ValueError(f"{type(self).__name__} takes real floating-point weights, not {p.dtype}.")
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a saved state, keeping each tensor's saved dtype (torch would cast it to the weight's)."""
+        """Load a saved state, keeping each tensor's saved dtype (torch would cast it to the weight's).
+
+        Counts of steps stay on the CPU, so that reading one never waits for a device.
+        """
         super().load_state_dict(state_dict)
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         for saved_id, p in zip(saved_ids, params, strict=True):
             for name, value in state_dict["state"].get(saved_id, {}).items():
-                if isinstance(value, Tensor) and name != "step":
-                    self.state[p][name] = value.to(p.device)
+                if isinstance(value, Tensor):
+                    self.state[p][name] = value.to("cpu" if name in ("step", "pairs") else p.device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -185,7 +191,7 @@ class TrainableOptimizer(Optimizer, ABC):
             state["step"] = torch.tensor(0.0)
             state.update(self._initial_state(group, p))
         taken = int(state["step"])
-        state["step"] += 1
+        state["step"] = state["step"] + 1  # out of place: a loaded state may share one tensor
         return rates_at(taken, group)
 
     def _initial_state(self, group: Group, p: Tensor) -> dict[str, Tensor]:
@@ -199,7 +205,7 @@ class TrainableOptimizer(Optimizer, ABC):
         if group["maximize"]:
             g = -g
         if group["weight_decay"] and not group["decoupled_weight_decay"]:
-            g = g + group["weight_decay"] * p
+            g = g + group["weight_decay"] * p.to(g.dtype)
         if group["grad_scale"] == "rms":
             g, peak = rms_normalized(g)
             self._peaks.append(peak)
@@ -216,11 +222,13 @@ class TrainableOptimizer(Optimizer, ABC):
     ) -> None:
         """Move one tensor by an elementwise rule, given the sums over its block where p is a piece of one."""
         scalars = {**rates._asdict(), "decay": decoupled_decay(group, rates)}
+        state = [self.state[p][name] for name in self.state_names]
         apply = apply_
-        if group["fused"]:
+        if group["fused"] and p.numel() > 1 and all(x.is_contiguous() for x in (p, *state)):
+            # As vectors, so that one graph serves all shapes: torch compiles few graphs a function, 8 by default.
+            p, g, *state = (x.reshape(-1) for x in (p, g, *state))
             apply = compiled_apply_()
             scalars = {k: torch.as_tensor(x, dtype=g.dtype, device=p.device) for k, x in scalars.items()}
-        state = [self.state[p][name] for name in self.state_names]
         options = {"gamma_max": group["gamma_max"], "relative_alpha": group["relative_alpha"]}
         self._squares.append(apply(rule, p, g, state, **scalars, **options, **block_sums))
 
@@ -271,7 +279,7 @@ def _project(params: list[Tensor], max_norm: float) -> None:
     """Project the vector of all the weights onto the l2 ball of radius max_norm."""
     scale = (max_norm / sum_of_squares(params).sqrt()).clamp(max=1.0)
     for p in params:
-        p.mul_(scale.to(p))
+        p.copy_(p.to(compute_dtype(p)) * scale.to(p.device))
 
 
 def _check_hyperparameters(group: Group) -> None:
@@ -281,6 +289,11 @@ def _check_hyperparameters(group: Group) -> None:
         if not ok:
             raise ValueError(f"{key}={group[key]!r} is not valid: {allowed}.")
 
+    for key in NUMBERS:
+        value = group[key]
+        optional = value is None and key in ("gamma_max", "max_norm")
+        number = isinstance(value, Real) or (key == "lr" and isinstance(value, Tensor) and value.dim() == 0)
+        check(key, optional or (number and math.isfinite(value)), "a finite number")
     check("schedule", group["schedule"] in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
     theorem = group["schedule"] == "theorem"
     check("t0", group["t0"] > 0, "a number above 0")

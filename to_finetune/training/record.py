@@ -31,7 +31,7 @@ class RunRecord:
             "status": "running",
             "command": shlex.join(sys.argv),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "versions": {"python": platform.python_version(), **_versions()},
+            "versions": {"python": platform.python_version(), **package_versions()},
         }
         self.config = config
 
@@ -114,7 +114,8 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """The installed versions of the packages that a run's numbers depend on."""
     found = {}
     for package in PACKAGES:
         try:

@@ -42,5 +42,9 @@ def apply_(
 
 @cache
 def compiled_apply_() -> Callable[..., Squares]:
-    """`apply_` as one kernel a tensor, for any shape; lr, alpha, beta and decay must be 0-dim tensors."""
-    return torch.compile(apply_, dynamic=True, fullgraph=True)
+    """`apply_` as one kernel a tensor, for vectors of any length; lr, alpha, beta and decay must be 0-dim tensors.
+
+    One kernel serves one set of dtypes and options. A process with more of them than torch's recompile limit
+    runs those past it eagerly, with torch's warning.
+    """
+    return torch.compile(apply_, dynamic=True)

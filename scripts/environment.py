@@ -1,0 +1,49 @@
+"""A virtual environment of the project's own, in .venv: made on first use, needs Python and a package index only.
+
+    python scripts/environment.py dev      makes it (extras: hf to fine-tune, dev to run the tests as well)
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+CPU_TORCH = "torch==2.13.0"  # tested; where there is a GPU, pip chooses the build
+
+
+def enter(extra: str) -> None:
+    """Continue the calling script inside the environment, with the project and `extra` installed in it."""
+    make(extra)
+    if Path(sys.prefix).resolve() != VENV.resolve():
+        sys.exit(subprocess.run([PYTHON, *sys.argv]).returncode)
+
+
+def make(extra: str) -> None:
+    """Create or complete the environment, unless it already is what pyproject.toml asks for."""
+    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    stamps = {name: VENV / f"installed-{name}" for name in ("hf", "dev")}
+    good_enough = ("dev",) if extra == "dev" else ("hf", "dev")  # dev holds all that hf does
+    if any(stamps[name].exists() and stamps[name].read_text() == wanted for name in good_enough):
+        return
+    print(f"Setting up {VENV} (once, one to three minutes) ...", flush=True)
+    torch = "torch" if shutil.which("nvidia-smi") else CPU_TORCH
+    pip = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    for command in (
+        [sys.executable, "-m", "venv", str(VENV)],
+        [*pip, torch],
+        [*pip, "--editable", f"{ROOT}[{extra}]"],
+    ):
+        if subprocess.run(command).returncode:
+            sys.exit(f"error: the set-up failed at: {' '.join(command)}")
+    stamps[extra].write_text(wanted)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] not in (["hf"], ["dev"]):
+        sys.exit("usage: environment.py hf|dev")
+    make(sys.argv[1])

@@ -1,0 +1,124 @@
+"""The main job on a CPU in a few minutes: `python scripts/quickstart.py`.
+
+Makes a small Llama and pretrains it on the spot, then fine-tunes its last two layers on instructions with Diagonal TO,
+RankOne TO and AdamW, and compares. Every training is the toolkit's own finetune.py with a recipe of configs/recipes.
+"""
+
+import environment
+
+environment.enter("hf")
+
+import json
+import shlex
+import sys
+import time
+from itertools import count
+from pathlib import Path
+
+import tiny_llama
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from to_finetune import finetune
+from to_finetune.data import alpaca_prompt
+from to_finetune.model import load_finetuned
+from to_finetune.report.plot import plot_losses
+
+RECIPES = environment.ROOT / "configs" / "recipes"
+OPTIMIZERS = {
+    "Diagonal TO": "--optim diagonal_to",
+    "RankOne TO": "--optim rank_one_to",
+    "AdamW": "--optim adamw_torch --learning_rate 3e-3",
+}
+SHOWN = 4  # generations
+
+
+def main() -> None:
+    started = time.perf_counter()
+    console = Console()
+    folder = new_folder()
+    tiny_llama.make(folder)
+    run("quickstart-pretrain.yaml", f"--model_name_or_path {folder}/model --dataset_name {folder}/pretrain.jsonl", folder / "base")
+    data = f"--dataset_name {folder}/instructions_train.jsonl --eval_dataset_name {folder}/instructions_test.jsonl"
+    for label, flags in OPTIMIZERS.items():
+        run("quickstart.yaml", f"--model_name_or_path {folder}/base {data} {flags}", folder / slug(label))
+
+    rows = [json.loads(line) for line in (folder / "instructions_test.jsonl").read_text().splitlines()]
+    base = AutoModelForCausalLM.from_pretrained(folder / "base"), AutoTokenizer.from_pretrained(folder / "base")
+    answers = {"before": generate(*base, rows)}
+    for label in OPTIMIZERS:
+        answers[label] = generate(*load_finetuned(folder / slug(label)), rows)
+
+    histories = {label: read(folder / slug(label) / "trainer_state.json")["log_history"] for label in OPTIMIZERS}
+    plot_losses(histories, folder / "comparison.png", "Fine-tuning the last two layers: training and held-out loss")
+    console.rule("The same model, the same data, three optimizers", align="left")
+    console.print(comparison(folder, answers, rows))
+    console.print(generations(answers, rows))
+    console.print(f"Everything is in {folder}: the picture in comparison.png, each run's weights, run.json and loss.png")
+    console.print(f"in its own folder. {time.perf_counter() - started:.0f} s in all.")
+
+
+def new_folder() -> Path:
+    """runs/quickstart, or the first of runs/quickstart-2, -3, ... that is not there yet."""
+    names = (f"quickstart-{i}" if i > 1 else "quickstart" for i in count(1))
+    folder = next(path for name in names if not (path := environment.ROOT / "runs" / name).exists())
+    folder.mkdir(parents=True)
+    return folder
+
+
+def run(recipe: str, flags: str, output_dir: Path) -> None:
+    """`finetune.py` with a recipe, in this process: it saves the seconds that the libraries take to import."""
+    arguments = ["--config", str(RECIPES / recipe), *shlex.split(flags), "--output_dir", str(output_dir)]
+    print(f"\n$ accelerate launch scripts/finetune.py {shlex.join(arguments)}", flush=True)
+    code = finetune.main(arguments)
+    if code:
+        sys.exit(code)
+
+
+def slug(label: str) -> str:
+    return label.lower().replace(" ", "_")
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+@torch.no_grad()
+def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]) -> list[str]:
+    """The model's greedy answers to the rows' instructions."""
+    tokenizer.padding_side = "left"
+    prompts = [alpaca_prompt(row["instruction"], row["input"]) for row in rows]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    output = model.generate(**batch, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def comparison(folder: Path, answers: dict[str, list[str]], rows: list[dict[str, str]]) -> Table:
+    """One row an optimizer: losses, right answers to the held-out questions, time."""
+    table = Table(header_style="bold")
+    for column in ("optimizer", "held-out loss", "mean training loss", "first fifth", "right answers", "seconds"):
+        table.add_column(column, justify="left" if column == "optimizer" else "right")
+    right = {label: sum(a.strip() == row["output"] for a, row in zip(given, rows)) for label, given in answers.items()}
+    table.add_row("(before)", "", "", "", f"{right['before']} of {len(rows)}", "", style="dim")
+    for label in OPTIMIZERS:
+        result = read(folder / slug(label) / "run.json")["results"]
+        losses = [f"{result[key]:.3f}" for key in ("eval_loss", "train_loss_mean", "train_loss_first_fifth")]
+        table.add_row(label, *losses, f"{right[label]} of {len(rows)}", f"{result['train_seconds']:.0f}")
+    return table
+
+
+def generations(answers: dict[str, list[str]], rows: list[dict[str, str]]) -> Table:
+    """A few held-out questions with the answers before and after."""
+    table = Table(title="Held-out questions", title_justify="left", header_style="bold", show_lines=True)
+    for column in ("question", "right answer", "before", "Diagonal TO"):
+        table.add_column(column, style="dim" if column == "before" else "")
+    for i in range(0, len(rows), max(1, len(rows) // SHOWN)):
+        question = " ".join(filter(None, (rows[i]["instruction"], rows[i]["input"])))
+        table.add_row(question, rows[i]["output"], answers["before"][i].strip(), answers["Diagonal TO"][i].strip())
+    return table
+
+
+if __name__ == "__main__":
+    main()
