@@ -13,8 +13,10 @@ import yaml
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
+from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
+from trl.data_utils import is_conversational
 
 from to_finetune.data import check_labels, load_data, preview
 from to_finetune.data.alpaca import CHAT_TEMPLATE
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return finetune(*parse_arguments(argv))
     except (UsageError, RunError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
-            Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {error}", markup=True, highlight=False)
+            Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), f" {error}"))
         return 2 if isinstance(error, UsageError) else 1
 
 
@@ -65,13 +67,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     tokenizer, model, subset = prepare_model(model_args, args)
     console.print(subset.table())
     train_dataset, eval_dataset = prepare_data(data_args, args, tokenizer)
-    trainer = TOSFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
-    )
+    trainer = prepare_trainer(model, tokenizer, args, train_dataset, eval_dataset)
     check_labels(trainer.train_dataset, args.max_length)
     console.print(preview(trainer.train_dataset, tokenizer))
 
@@ -133,14 +129,35 @@ def prepare_data(data_args: DataArguments, args: FinetuneArguments, tokenizer: A
     )
     if len(train) > 20_000:
         datasets.enable_progress_bars()  # tokenizing takes long enough to want them
-    chat = bool({"messages", "conversations"} & set(train.column_names))
-    if chat and tokenizer.chat_template is None:
+    if tokenizer.chat_template is None and is_conversational(train[0]):
         tokenizer.chat_template = CHAT_TEMPLATE
     if args.assistant_only_loss is None:
-        args.assistant_only_loss = chat
+        args.assistant_only_loss = "messages" in train.column_names
     if held_out is None and args.eval_strategy != "no":
         raise UsageError(f"eval_strategy={args.eval_strategy.value!r} needs --eval_dataset_name or --val_set_size.")
     return train, held_out
+
+
+def prepare_trainer(
+    model: Any, tokenizer: Any, args: FinetuneArguments, train_dataset: Any, eval_dataset: Any
+) -> TOSFTTrainer:
+    """The trainer, which tokenizes the data.
+
+    Raises:
+        UsageError: for what TRL and Hugging Face refuse in the settings and the data.
+    """
+    try:
+        return TOSFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+        )
+    except (ValueError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "assistant_only_loss" not in str(error):
+            raise
+        raise UsageError(str(error)) from error
 
 
 def finish(trainer: TOSFTTrainer, args: FinetuneArguments) -> dict[str, Any]:
@@ -163,7 +180,7 @@ def interrupted(record: RunRecord, signals: SaveOnSignal, console: Console, args
     last = get_last_checkpoint(args.output_dir)
     if args.should_save:
         record.update(status="interrupted", checkpoint=last)
-    console.print(f"{signals.received.name}: saved {last}. Go on with --resume_from_checkpoint true.")
+    console.print(f"{signals.received.name}: saved {last}. Go on with --resume_from_checkpoint true.", markup=False)
     return 128 + signals.received
 
 
@@ -175,7 +192,7 @@ def summary(results: dict[str, Any], record: RunRecord) -> Table:
             table.add_row(name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
     for file in ("trained.safetensors", "run.json", "config.yaml", "loss.png"):
         if (record.folder / file).exists():
-            table.add_row(file.split(".")[0], str(record.folder / file))
+            table.add_row(file.split(".")[0], Text(str(record.folder / file)))
     return table
 
 

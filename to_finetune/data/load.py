@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
@@ -22,6 +23,7 @@ SPLIT_SEED = 42  # the held-out rows are the same for every --seed
 FORMATS = (
     "{instruction, input, output}, {prompt, completion}, {messages}, {conversations} or {text}"  # what users may bring
 )
+ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 
 
 def load_data(
@@ -50,10 +52,14 @@ def load_data(
         name = eval_dataset_name or dataset_name
         return train, _load(name, config, eval_split or ("train" if _is_file(name) else "test"))
     if val_set_size:
-        held_out: int | float = val_set_size if val_set_size < 1 else int(val_set_size)
-        if held_out >= len(train):
-            raise UsageError(f"val_set_size={held_out} leaves nothing of the {len(train)} rows to train on.")
-        parts = train.train_test_split(test_size=held_out, seed=SPLIT_SEED)
+        try:
+            held_out = val_set_size if val_set_size < 1 else int(val_set_size)
+            parts = train.train_test_split(test_size=held_out, seed=SPLIT_SEED)
+        except ValueError:
+            raise UsageError(
+                f"val_set_size={val_set_size:g} is not valid: a number or a share of the {len(train)} rows, which "
+                "leaves some to train on."
+            ) from None
         return parts["train"], parts["test"]
     return train, None
 
@@ -71,9 +77,9 @@ def _load(name: str, config: str | None, split: str) -> Dataset:
             rows = load_dataset(name, config, split=split)
     except DatasetGenerationError as error:
         reason = error.__cause__ or error
-        raise UsageError(f"dataset_name={name!r} is malformed: {' '.join(str(reason).split())}") from error
+        raise UsageError(f"dataset_name={name!r} is malformed: {shorten(str(reason), 400)}") from error
     except (OSError, ValueError) as error:
-        raise UsageError(f"dataset_name={name!r} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise UsageError(f"dataset_name={name!r} cannot be loaded: {shorten(str(error), 400)}") from error
     if isinstance(rows, DatasetDict):
         raise UsageError(f"dataset_name={name!r}: name one split, of {', '.join(rows)}.")
     if len(rows) == 0:
@@ -92,15 +98,44 @@ def _existing(name: str) -> Path:
 
 
 def _standard_columns(rows: Dataset, name: str) -> Dataset:
-    """Only the columns that TRL reads; Alpaca's three become prompt and completion."""
+    """Only the columns that TRL reads; Alpaca's three become prompt and completion, conversations messages."""
     columns = set(rows.column_names)
     if {"instruction", "output"} <= columns:
         return rows.map(_alpaca_row, remove_columns=rows.column_names, desc="Alpaca prompts")
-    for known in (("prompt", "completion"), ("messages",), ("conversations",), ("text",)):
+    for chat in ("messages", "conversations"):
+        if chat in columns:
+            return rows.map(_chat_row, fn_kwargs={"column": chat, "name": name}, remove_columns=rows.column_names)
+    for known in (["prompt", "completion"], ["text"]):
         if columns.issuperset(known):
-            return rows.select_columns(list(known))
+            return rows.select_columns(known).map(_text_row)
     raise UsageError(f"dataset_name={name!r} has the columns {', '.join(rows.column_names)}; needed: {FORMATS}.")
 
 
 def _alpaca_row(row: dict[str, Any]) -> dict[str, str]:
-    return {"prompt": alpaca_prompt(row["instruction"], row.get("input")), "completion": row["output"] or ""}
+    prompt = alpaca_prompt(_text(row["instruction"]), _text(row.get("input")))
+    return {"prompt": prompt, "completion": _text(row["output"])}
+
+
+def _chat_row(row: dict[str, Any], column: str, name: str) -> dict[str, Any]:
+    try:
+        return {"messages": [_message(turn) for turn in row[column]]}
+    except (TypeError, KeyError, AttributeError):
+        raise UsageError(
+            f"dataset_name={name!r} is malformed: {column} must be a list of {{role, content}} or of {{from, value}}, "
+            f"not {shorten(repr(row[column]), 100)}."
+        ) from None
+
+
+def _message(turn: dict[str, Any]) -> dict[str, Any]:
+    if turn.get("from"):  # as ShareGPT has it
+        turn = {"role": turn["from"], "content": turn["value"]}
+    return {**turn, "role": ROLES.get(turn["role"], turn["role"])}
+
+
+def _text_row(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value if isinstance(value, list) else _text(value) for key, value in row.items()}
+
+
+def _text(value: Any) -> str:
+    """A cell as text: a CSV file's numbers, and its empty cells."""
+    return "" if value is None else str(value)

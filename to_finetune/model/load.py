@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -37,7 +38,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = shorten(str(error), 400)
         raise UsageError(
             f"model_name_or_path={model_name_or_path!r} cannot be loaded as a causal language model: {reason}"
         ) from error

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from to_finetune.errors import UsageError, did_you_mean
@@ -37,7 +38,7 @@ class Subset:
         for column in ("tensors", "weights", "share"):
             table.add_column(column, justify="right")
         for match in self.matches:
-            table.add_row(match.pattern, f"{match.tensors:,}", f"{match.weights:,}", self._share(match.weights))
+            table.add_row(Text(match.pattern), f"{match.tensors:,}", f"{match.weights:,}", self._share(match.weights))
         table.add_section()
         table.add_row("trained", f"{len(self.names):,}", f"{self.weights:,}", self._share(self.weights), style="bold")
         table.add_row("all", "", f"{self.total_weights:,}", "", style="dim")

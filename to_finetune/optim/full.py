@@ -90,9 +90,9 @@ def _learn(slope: dict[str, Tensor], correction: Tensor, w: Tensor, dtype: torch
         return
     row = int(slope["pairs"])
     if row == len(slope["weights"]):
-        rows = max(8, min(2 * row, n // 2 + 1))  # doubling, but never past the point where the matrix takes over
+        rows = min(max(8, 2 * row), (n - 1) // 2)  # doubling, but never past the point where the matrix takes over
         for name in ("corrections", "weights"):
-            slope[name] = torch.cat([slope[name], w.new_empty(rows - row, n, dtype=dtype)])
+            slope[name] = torch.cat([slope[name], w.new_zeros(rows - row, n, dtype=dtype)])
     slope["corrections"][row], slope["weights"][row] = correction, w
     slope["pairs"] += 1
 

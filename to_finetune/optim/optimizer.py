@@ -173,7 +173,7 @@ class TrainableOptimizer(Optimizer, ABC):
             live = [(p, rate) for p, rate in zip(params, rates, strict=True) if p.numel() > 0]
             if live:
                 self._update(group, [p for p, _ in live], [rate for _, rate in live])
-            if params and group["max_norm"] is not None:
+            if params and group["max_norm"] is not None and group["lr"] > 0:  # with lr 0 no weight changes at all
                 _project(group["params"], group["max_norm"])
         return loss
 
@@ -225,8 +225,8 @@ class TrainableOptimizer(Optimizer, ABC):
         state = [self.state[p][name] for name in self.state_names]
         apply = apply_
         if group["fused"] and p.numel() > 1 and all(x.is_contiguous() for x in (p, *state)):
-            # As vectors, so that one graph serves all shapes: torch compiles few graphs a function, 8 by default.
-            p, g, *state = (x.reshape(-1) for x in (p, g, *state))
+            # As vectors that are no views, so that one graph serves all shapes: torch's limit is 8 a function.
+            p, g, *state = (x.reshape(-1).detach() for x in (p, g, *state))
             apply = compiled_apply_()
             scalars = {k: torch.as_tensor(x, dtype=g.dtype, device=p.device) for k, x in scalars.items()}
         options = {"gamma_max": group["gamma_max"], "relative_alpha": group["relative_alpha"]}

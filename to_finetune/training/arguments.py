@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import yaml
@@ -74,7 +74,7 @@ class TrainableOptimizerArguments:
     optim: str = field(
         default="diagonal_to", metadata={"help": "diagonal_to, rank_one_to, full_to, or any name that HF knows."}
     )
-    optim_args: str | None = field(
+    optim_args: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Options of the optimizer: 'alpha=0.1,beta=0.1', or a mapping in YAML."}
     )
     learning_rate: float | None = field(
@@ -90,11 +90,16 @@ class TrainableOptimizerArguments:
     )
 
     def __post_init__(self) -> None:
+        for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, key) < 1:
+                raise UsageError(f"{key}={getattr(self, key)} is not valid: at least 1.")
         name = self.optim
         hf_names = [option.value for option in OptimizerNames]
         if name not in OPTIMIZERS and name not in hf_names:
-            choices = [*OPTIMIZERS, *hf_names]
-            raise UsageError(f"optim={name!r} is not known.{did_you_mean(name, choices)} One of {', '.join(choices)}.")
+            raise UsageError(
+                f"optim={name!r} is not known.{did_you_mean(name, [*OPTIMIZERS, *hf_names])} It takes "
+                f"{', '.join(OPTIMIZERS)} and every name that Hugging Face has, such as adamw_torch."
+            )
         scaled = False
         if name in OPTIMIZERS:
             self.to_options = optimizer_options(name, self.optim_args)
@@ -141,7 +146,8 @@ class FinetuneArguments(TrainableOptimizerArguments, SFTConfig):
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            on_cpu = self.use_cpu or not torch.cuda.is_available()
+            self.bf16 = not self.fp16 and not on_cpu and torch.cuda.is_bf16_supported()
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
         if self.gradient_checkpointing and hasattr(self, "activation_checkpointing"):
@@ -161,21 +167,28 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ModelArguments, 
         UsageError: naming every unknown key with the nearest known one, or the bad value.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser((ModelArguments, DataArguments, FinetuneArguments), allow_abbrev=False)
+    classes = (ModelArguments, DataArguments, FinetuneArguments)
+    parser = _Parser(classes, allow_abbrev=False)
     parser.prog = "finetune.py"
-    known = {action.dest for action in parser._actions} | {"config"}
+    flags_of_fields = {action.dest for action in parser._actions}
+    types = {k: str(t) for cls in classes for k, t in get_type_hints(cls).items() if k in flags_of_fields}
+    options = {option.lstrip("-").replace("-", "_") for option in parser._option_string_actions} | {"config"}
 
     config, argv = _take_config(argv)
     flags = [item[2:].split("=")[0] for item in argv if item.startswith("--")]
     problems = [
-        f"Unknown {where} {key!r}.{did_you_mean(key, known)}"
-        for where, keys in (("key in the configuration file", config), ("flag", flags))
+        f"Unknown {where} {key!r}.{did_you_mean(key, types)}"
+        for where, keys, known in (("key in the configuration file", config, types), ("flag", flags, options))
         for key in keys
         if key.replace("-", "_") not in known
     ]
     if problems:
         raise UsageError(" ".join(problems))
-    parser.set_defaults_with_config(**config)
+    config = {key.replace("-", "_"): value for key, value in config.items()}
+    structured = {key: value for key, value in config.items() if _has_structure(value, types[key])}
+    parser.set_defaults_with_config(**structured)
+    # All others as if they had been typed before the flags, so that their types and choices are checked as well.
+    argv = [f"--{key}={value}" for key, value in config.items() if key not in structured] + argv
     try:
         model, data, training, *rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except UsageError:
@@ -185,6 +198,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ModelArguments, 
     if rest[0]:
         raise UsageError(f"Cannot make sense of {' '.join(rest[0])!r}: a flag begins with '--'.")
     return model, data, training
+
+
+def _has_structure(value: Any, declared: str) -> bool:
+    """Whether `value` is a list, a mapping or null, and the type that is declared has it."""
+    words = {list: ("list", "List"), dict: ("dict", "Dict"), type(None): ("None", "Optional")}
+    return any(word in declared for word in words.get(type(value), ()))
 
 
 def _take_config(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -205,7 +224,7 @@ def _take_config(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
             raise UsageError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(config, dict):
             raise UsageError(f"--config {path} must hold a mapping of keys to values.")
-        return config, rest
+        return {str(key): value for key, value in config.items()}, rest
     return {}, argv
 
 

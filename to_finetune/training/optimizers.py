@@ -50,6 +50,8 @@ def optimizer_options(name: str, optim_args: str | Mapping[str, Any] | None) -> 
             raise UsageError(
                 f"optim_args: {name} has no option {key!r}.{did_you_mean(key, allowed)} Options: {', '.join(allowed)}."
             )
+        if isinstance(value, str) and key not in ("schedule", "grad_scale", "scope", "state_dtype"):
+            raise UsageError(f"optim_args: {key}={value!r} is not valid: a number, true, false or none.")
         options[key] = _state_dtype(value) if key == "state_dtype" else value
     return options
 

@@ -13,6 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from to_finetune.errors import RunError
 from to_finetune.model.trained import read_trained
 
+NOTHING_MOVED = "No trained weight moved in the first steps: no gradient reaches them, or the rate is too low."
+
 
 class EngagementProofs(TrainerCallback):
     """Checks the live optimizer before the first step, and what moved after it and at the end.
@@ -29,6 +31,7 @@ class EngagementProofs(TrainerCallback):
         self.proofs: dict[str, Any] = {}
         self._before: dict[str, int] = {}
         self._steps = 0
+        self._began_at = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -37,6 +40,7 @@ class EngagementProofs(TrainerCallback):
         self.proofs["live_optimizer"] = check_optimizer(live, self.expected)
         self.proofs["trained_tensors"] = check_trained_parameters(model, live)
         self._before = fingerprints(model)
+        self._began_at = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "moved_after_first_step" in self.proofs:
@@ -47,14 +51,14 @@ class EngagementProofs(TrainerCallback):
             self.proofs["moved_after_first_step"] = len(moved)
             self.proofs["frozen_tensors_unmoved"] = len(self._before) - self.proofs["trained_tensors"]
         elif self._steps == 2:  # the first step of a warm-up has rate 0, where nothing can move
-            raise RunError(
-                "No trained weight moved in the first steps: no gradient reaches them, or the rate is too low."
-            )
+            raise RunError(NOTHING_MOVED)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trained = {name for name, p in kwargs["model"].named_parameters() if p.requires_grad}
+        if "moved_after_first_step" not in self.proofs and not self._began_at and state.global_step >= state.max_steps:
+            raise RunError(NOTHING_MOVED)  # a whole run of one step, or of none
         self.proofs["never_moved"] = sorted(trained - self._moved(kwargs["model"]))
 
     def _moved(self, model: nn.Module) -> set[str]:

@@ -19,7 +19,15 @@ from transformers.trainer_utils import get_last_checkpoint
 from to_finetune.errors import UsageError
 
 PACKAGES = ("to-finetune", "torch", "transformers", "trl", "accelerate", "datasets", "safetensors")
-MUST_AGREE = ("model_name_or_path", "model_revision", "unfrozen_parameters", "optim", "optim_args")
+MUST_AGREE = (
+    "model_name_or_path",
+    "model_revision",
+    "unfrozen_parameters",
+    "optim",
+    "optim_args",
+    "learning_rate",
+    "weight_decay",
+)
 
 
 class RunRecord:
@@ -100,7 +108,7 @@ def summarise(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     return {
         "steps": last("step"),
-        "train_loss_mean": sum(losses) / len(losses) if losses else None,
+        "train_loss_mean": sum(losses) / len(losses) if losses else last("train_loss"),
         "train_loss_first_fifth": sum(first) / len(first) if first else None,
         "eval_loss": last("eval_loss"),
         "train_seconds": last("train_runtime"),
