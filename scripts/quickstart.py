@@ -30,7 +30,7 @@ RECIPES = environment.ROOT / "configs" / "recipes"
 OPTIMIZERS = {
     "Diagonal TO": "--optim diagonal_to",
     "RankOne TO": "--optim rank_one_to",
-    "AdamW": "--optim adamw_torch --learning_rate 3e-3",
+    "AdamW": "--optim adamw_torch --learning_rate 2e-3",
 }
 SHOWN = 4  # generations
 

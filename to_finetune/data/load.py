@@ -6,7 +6,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from to_finetune.data.alpaca import alpaca_prompt
@@ -107,7 +107,11 @@ def _standard_columns(rows: Dataset, name: str) -> Dataset:
             return rows.map(_chat_row, fn_kwargs={"column": chat, "name": name}, remove_columns=rows.column_names)
     for known in (["prompt", "completion"], ["text"]):
         if columns.issuperset(known):
-            return rows.select_columns(known).map(_text_row)
+            rows = rows.select_columns(known)
+            for column in known:
+                if isinstance(rows.features[column], Value):  # a CSV file's numbers; map() alone would not change them
+                    rows = rows.cast_column(column, Value("string"))
+            return rows.map(_text_row)
     raise UsageError(f"dataset_name={name!r} has the columns {', '.join(rows.column_names)}; needed: {FORMATS}.")
 
 
@@ -133,7 +137,7 @@ def _message(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text_row(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value if isinstance(value, list) else _text(value) for key, value in row.items()}
+    return {key: "" if value is None else value for key, value in row.items()}
 
 
 def _text(value: Any) -> str:

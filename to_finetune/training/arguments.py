@@ -145,14 +145,22 @@ class FinetuneArguments(TrainableOptimizerArguments, SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else torchrun's processes would each run alone
         if self.bf16 is None:
-            on_cpu = self.use_cpu or not torch.cuda.is_available()
-            self.bf16 = not self.fp16 and not on_cpu and torch.cuda.is_bf16_supported()
+            cuda = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = not self.fp16 and cuda and torch.cuda.is_bf16_supported()
         if not torch.cuda.is_available():
             self.dataloader_pin_memory = False
         if self.gradient_checkpointing and hasattr(self, "activation_checkpointing"):
             self.activation_checkpointing = True  # its name from transformers 5.2x on; the old one warns
         super().__post_init__()
+
+
+class _Defaults(FinetuneArguments):
+    """The defaults alone: setting up the devices again, for another device, would tear the run's processes apart."""
+
+    _setup_devices = torch.device("cpu")
 
 
 class _Parser(TrlParser):
@@ -233,7 +241,7 @@ def resolved_config(model: ModelArguments, data: DataArguments, training: Finetu
     pairs: list[tuple[Any, Any]] = [
         (model, ModelArguments(model_name_or_path="")),
         (data, DataArguments(dataset_name="")),
-        (training, FinetuneArguments(output_dir="")),
+        (training, _Defaults(output_dir="")),
     ]
     always = ("optim", "learning_rate", "max_grad_norm", "bf16", "seed", "max_length")
     config = {

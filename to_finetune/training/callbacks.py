@@ -55,6 +55,22 @@ class TerminalProgress(TerminalLines, ProgressCallback):
             self.training_bar.write(line)
 
 
+class ShortBackward(TrainerCallback):
+    """Ends the backward pass at the lowest trained layer also under gradient checkpointing.
+
+    Hugging Face makes the embedding's output require a gradient there, for reentrant checkpoints, which give none
+    otherwise: the whole frozen bottom would be run again and differentiated for nothing.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        on = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
+        names = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+        if on and not any((getattr(args, name, None) or {}).get("use_reentrant") for name in names):
+            kwargs["model"].disable_input_require_grads()
+
+
 class StopOnNonFinite(TrainerCallback):
     """Stops a run whose loss is NaN or infinite, at the first log that shows it."""
 

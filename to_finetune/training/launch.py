@@ -31,7 +31,8 @@ def check_processes(running: int) -> None:
 def processes_asked_for(command: Sequence[str]) -> int | None:
     """The number of processes that an ``accelerate launch`` command line, or its configuration file, asks for."""
     names = [Path(item).name for item in command]
-    if not ("accelerate-launch" in names or ("accelerate" in names and "launch" in names)):
+    launchers = {"accelerate-launch", "accelerate.commands.launch"}
+    if not (launchers & set(names) or {"accelerate", "launch"} <= set(names)):
         return None
     options: dict[str, str] = {}
     for item, following in zip(command, [*command[1:], ""], strict=True):

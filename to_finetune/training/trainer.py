@@ -15,6 +15,7 @@ from trl import SFTTrainer
 from to_finetune.model.trained import TRAINED_WEIGHTS_NAME, load_trained, save_trained
 from to_finetune.optim import TrainableOptimizer
 from to_finetune.training.arguments import TrainableOptimizerArguments
+from to_finetune.training.callbacks import ShortBackward
 from to_finetune.training.optimizers import OPTIMIZERS
 from to_finetune.training.proofs import EngagementProofs, unwrapped
 
@@ -42,6 +43,7 @@ class TrainableOptimizerMixin(_Base):
         is_class = isinstance(expected, type) and issubclass(expected, Optimizer)
         self.engagement = EngagementProofs(expected if is_class else None)
         self.add_callback(self.engagement)
+        self.add_callback(ShortBackward())
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:

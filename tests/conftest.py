@@ -1,0 +1,47 @@
+"""One thread, no network, a throw-away cache; and a tiny Llama with a few instructions to teach it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_HOME = tempfile.TemporaryDirectory(prefix="to-finetune-tests-")
+os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_HOME=_HOME.name, TOKENIZERS_PARALLELISM="false")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a random Llama with 4 layers, 39 tensors in all."""
+    from .helpers import make_llama
+
+    return make_llama(tmp_path_factory.mktemp("models") / "llama", tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="session")
+def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a head that is the embedding."""
+    from .helpers import make_llama
+
+    return make_llama(tmp_path_factory.mktemp("models") / "tied_llama", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def alpaca(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 24 rows in Alpaca's form, of different lengths, half of them with an input."""
+    from .helpers import ALPACA_ROWS, write_jsonl
+
+    return write_jsonl(tmp_path_factory.mktemp("data") / "alpaca.jsonl", ALPACA_ROWS)
+
+
+@pytest.fixture(scope="session")
+def finetune(llama: Path, alpaca: Path) -> Callable[..., Any]:
+    """`helpers.finetune` on the tiny Llama and the Alpaca rows."""
+    from . import helpers
+
+    return partial(helpers.finetune, model_name_or_path=llama, dataset_name=alpaca)

@@ -1,0 +1,213 @@
+"""State: made lazily, saved and loaded bit for bit in its own dtype, copied, and sized as documented."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.nn import Parameter
+
+from to_finetune.optim import TrainableOptimizer
+
+from .helpers import OPTIMIZERS, STATE_NAMES, copies, flat, make_weights, run, step
+
+DTYPES = {
+    "float64": (torch.float64, None, torch.float64),
+    "float32": (torch.float32, None, torch.float32),
+    "bfloat16 weights": (torch.bfloat16, None, torch.float32),
+    "bfloat16 state": (torch.float32, torch.bfloat16, torch.bfloat16),
+    "all bfloat16": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    "float32 state of float64": (torch.float64, torch.float32, torch.float32),
+}
+
+
+def through_a_file(value: Any) -> Any:
+    """Saved, and loaded as torch.load does by default: no code in the file."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def assert_same_bits(a: TrainableOptimizer, ps: list[Parameter], b: TrainableOptimizer, qs: list[Parameter]) -> None:
+    """Weights and state: the same keys, dtypes and values."""
+    for p, q in zip(ps, qs, strict=True):
+        assert torch.equal(p, q)
+        assert a.state[p].keys() == b.state[q].keys()
+        for name, value in a.state[p].items():
+            assert value.dtype == b.state[q][name].dtype
+            assert torch.equal(value, b.state[q][name]), name
+
+
+def test_there_is_no_state_before_the_first_step(variant: str) -> None:
+    """So the optimizer may be built before the weights are moved or cast; state is made from them as they are then."""
+    params = make_weights(dtype=torch.float64)
+    optimizer = OPTIMIZERS[variant](params)
+    assert not optimizer.state
+    for p in params:
+        p.data = p.data.float()
+    run(optimizer, params, 1)
+    for p in params:
+        assert {x.dtype for name, x in optimizer.state[p].items() if name != "pairs"} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_state_has_its_own_dtype_and_the_documented_size(variant: str, dtypes: str) -> None:
+    """2, 3 and n + 1 numbers a weight, float32 at the least unless state_dtype says otherwise."""
+    weights, state_dtype, expected = DTYPES[dtypes]
+    params = make_weights([(3, 4), (5,)], weights)
+    optimizer = OPTIMIZERS[variant](params, state_dtype=state_dtype)
+    run(optimizer, params, 10)
+    for p in params:
+        state = dict(optimizer.state[p])
+        assert state.pop("step") == 10
+        assert state.keys() == set(STATE_NAMES[variant])
+        assert {x.dtype for x in state.values()} == {expected}
+        numbers_a_weight = {"diagonal": 2, "rank_one": 3, "full": p.numel() + 1}[variant]
+        assert sum(x.nbytes for x in state.values()) == numbers_a_weight * p.numel() * expected.itemsize
+
+
+@pytest.mark.parametrize("scope", ["tensor", "group"])
+@pytest.mark.parametrize("before", [3, 12])  # FullTO: a history, a matrix
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(variant: str, dtypes: str, before: int, scope: str) -> None:
+    """State and weights through a file into a fresh optimizer, under a schedule, and on."""
+    weights, state_dtype, _ = DTYPES[dtypes]
+    options: dict[str, Any] = {"schedule": "theorem", "state_dtype": state_dtype, "scope": scope, "alpha": 0.3}
+    params = make_weights([(3, 4), (10,), ()], weights)
+    optimizer = OPTIMIZERS[variant](params, **options)
+    run(optimizer, params, before, seed=1)
+
+    saved = through_a_file({"weights": [p.detach() for p in params], "optimizer": optimizer.state_dict()})
+    resumed = [Parameter(w) for w in saved["weights"]]
+    fresh = OPTIMIZERS[variant](resumed)
+    fresh.load_state_dict(saved["optimizer"])
+    assert_same_bits(optimizer, params, fresh, resumed)
+    assert fresh.estimate_error().isnan()
+    for one, ps in ((optimizer, params), (fresh, resumed)):
+        run(one, ps, 4, seed=2)
+    assert_same_bits(optimizer, params, fresh, resumed)
+
+
+def test_the_dtype_of_saved_state_outlives_a_cast_of_the_weights(variant: str) -> None:
+    """float32 state, loaded over bfloat16 weights."""
+    params = make_weights(dtype=torch.float32)
+    optimizer = OPTIMIZERS[variant](params)
+    run(optimizer, params, 3)
+    cast = [Parameter(p.detach().bfloat16()) for p in params]
+    loaded = OPTIMIZERS[variant](cast)
+    loaded.load_state_dict(through_a_file(optimizer.state_dict()))
+    for p, q in zip(params, cast, strict=True):
+        for name, value in optimizer.state[p].items():
+            assert value.dtype == loaded.state[q][name].dtype
+            assert torch.equal(value, loaded.state[q][name])
+
+
+@pytest.mark.parametrize("steps", [0, 3, 12])
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_copies_go_on_like_the_original(variant: str, duplicate: Callable[[Any], Any], steps: int) -> None:
+    """deepcopy and pickle of an optimizer with its weights, before the first step and later."""
+    params = make_weights()
+    optimizer = OPTIMIZERS[variant](params, schedule="theorem")
+    run(optimizer, params, steps)
+    twin, twins = duplicate((optimizer, params))
+    assert twin.estimate_error().isnan()
+    assert twin.gradient_peak().isnan()
+    for one, ps in ((optimizer, params), (twin, twins)):
+        run(one, ps, 3, seed=5)
+    assert_same_bits(optimizer, params, twin, twins)
+    torch.testing.assert_close(optimizer.estimate_error(), twin.estimate_error(), rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"grad_scale": "rms", "relative_alpha": True},
+        {"weight_decay": 0.1},
+        {"weight_decay": 0.1, "decoupled_weight_decay": True},
+        {"max_norm": 0.5},
+        {"scope": "group", "state_dtype": torch.bfloat16},
+        {"lr": torch.tensor(0.0), "maximize": True},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_nothing_creates_every_key_and_changes_no_weight(
+    variant: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    """Zero gradients and lr 0, as torch's distributed checkpoint makes its first step."""
+    params = make_weights(dtype=dtype)
+    before, worked = copies(params), copies(params)
+    idle, working = OPTIMIZERS[variant](params, **{"lr": 0.0, **options}), OPTIMIZERS[variant](worked, **options)
+    step(idle, params, [torch.zeros_like(p) for p in params])
+    run(working, worked, 1)
+    for p, q, w in zip(params, before, worked, strict=True):
+        assert torch.equal(p, q)
+        assert idle.state[p].keys() == working.state[w].keys()
+        assert {n: (x.shape, x.dtype) for n, x in idle.state[p].items()} == {
+            n: (x.shape, x.dtype) for n, x in working.state[w].items()
+        }
+
+
+def small_model() -> nn.Module:
+    """Two layers, the same ones each time."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+
+
+def through_memory(model: nn.Module, optimizer: TrainableOptimizer, directory: Path) -> tuple[Any, Any]:
+    """State dicts that share no memory with the model."""
+    return copy.deepcopy(get_state_dict(model, optimizer))
+
+
+def through_dcp(model: nn.Module, optimizer: TrainableOptimizer, directory: Path) -> tuple[Any, Any]:
+    """Saved by torch's distributed checkpoint, and read into the state dicts of a fresh optimizer."""
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"weights": weights, "state": state}, checkpoint_id=directory, no_dist=True)
+    fresh = small_model()
+    weights, state = get_state_dict(fresh, type(optimizer)(fresh.parameters()))
+    loaded = {"weights": weights, "state": state}
+    dcp.load(loaded, checkpoint_id=directory, no_dist=True)
+    return loaded["weights"], loaded["state"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "through"),
+    [
+        ("diagonal", through_memory),
+        ("rank_one", through_memory),
+        ("full", through_memory),
+        ("diagonal", through_dcp),
+        ("rank_one", through_dcp),
+    ],
+)
+def test_torchs_distributed_state_dicts_restore_the_run(
+    name: str, through: Callable[..., tuple[Any, Any]], tmp_path: Path
+) -> None:
+    """get_state_dict and set_state_dict, by parameter names, in one process; then the runs go on as one."""
+    x = torch.randn(8, 4)
+
+    def train(model: nn.Module, optimizer: TrainableOptimizer, steps: int) -> Tensor:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        optimizer.zero_grad()
+        return flat(list(model.parameters()))
+
+    model, other = small_model(), small_model()
+    optimizer, restored = (OPTIMIZERS[name](m.parameters(), alpha=0.3) for m in (model, other))
+    train(model, optimizer, 8)
+    weights, state = through(model, optimizer, tmp_path)
+    set_state_dict(other, restored, model_state_dict=weights, optim_state_dict=state, options=StateDictOptions())
+    assert torch.equal(train(model, optimizer, 3), train(other, restored, 3))

@@ -1,0 +1,163 @@
+"""Whatever cannot be is said in one sentence that names it, with exit code 2, and leaves no file behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .helpers import ALPACA_ROWS, Run, write_jsonl
+
+Finetune = Callable[..., Run]
+
+FILES = {
+    "list.yaml": "- optim\n- diagonal_to\n",
+    "broken.yaml": "optim: [diagonal_to\nseed: 1\n",
+    "unknown.yaml": "learning_rte: 0.1\nunfrozen_params: [layers]\n",
+    "word.yaml": "seed: many\n",
+    "fraction.yaml": "seed: 2.5\n",
+    "null.yaml": "seed:\n",
+    "list_for_a_number.yaml": "seed: [1, 2]\n",
+    "dtype.yaml": "dtype: float12\n",
+    "optim_args.yaml": "optim_args: {alhpa: 0.1}\n",
+    "no_subset.yaml": "unfrozen_parameters: []\n",
+    "empty.jsonl": "",
+    "empty.json": "[]",
+    "header.csv": "instruction,output\n",
+    "broken.jsonl": '{"instruction": "a", "output": "b"}\n{"instruction":\n',
+    "broken.parquet": "no parquet",
+    "columns.csv": "question,answer\n1,2\n",
+    "messages.jsonl": '{"messages": [{"rle": "user", "content": "red"}]}\n',
+    "conversations.jsonl": '{"conversations": "red"}\n',
+    "no_assistant.jsonl": '{"messages": [{"role": "user", "content": "red"}]}\n',
+    "no_model/tokenizer.json": "{}",
+}
+
+BAD = {
+    # the optimizer
+    "unknown optimizer": ({"optim": "diagonel_to"}, "optim='diagonel_to'", "'diagonal_to'"),
+    "unknown option": ({"optim_args": "alhpa=0.1"}, "optim_args", "'alhpa'", "'alpha'"),
+    "unknown option in a mapping": ({"config": "optim_args.yaml"}, "optim_args", "'alhpa'", "'alpha'"),
+    "option without value": ({"optim_args": "alpha"}, "optim_args", "'alpha'", "key=value"),
+    "option out of range": ({"optim_args": "beta=2"}, "beta=2", "between 0 and 1"),
+    "option that is a word": ({"optim_args": "alpha=big"}, "alpha='big'", "number"),
+    "switch that is a word": ({"optim_args": "relative_alpha=no"}, "relative_alpha='no'", "false"),
+    "rate among the options": ({"optim_args": "lr=0.1"}, "lr=0.1", "--learning_rate"),
+    "negative rate": ({"learning_rate": -1}, "lr=-1.0", "at least 0"),
+    # flags and configuration
+    "bad value": ({"learning_rate": "fast"}, "--learning_rate", "'fast'"),
+    "unknown flag": ({"learning_rte": 0.1}, "'learning_rte'", "'learning_rate'"),
+    "two unknown flags": ({"learning_rte": 0.1, "max_stepz": 3}, "'learning_rate'", "'max_stepz'", "'max_steps'"),
+    "unknown keys": ({"config": "unknown.yaml"}, "'learning_rate'", "'unfrozen_params'", "'unfrozen_parameters'"),
+    "word for a number": ({"config": "word.yaml"}, "seed", "'many'"),
+    "fraction for a number": ({"config": "fraction.yaml"}, "seed", "'2.5'"),
+    "null for a number": ({"config": "null.yaml"}, "seed", "'None'"),
+    "list for a number": ({"config": "list_for_a_number.yaml"}, "seed", "'[1, 2]'"),
+    "bad choice": ({"config": "dtype.yaml"}, "dtype", "'float12'", "'bfloat16'"),
+    "config that is a list": ({"config": "list.yaml"}, "list.yaml", "mapping"),
+    "config that is no YAML": ({"config": "broken.yaml"}, "broken.yaml", "not valid YAML", "line 2"),
+    "config that is not there": ({"config": "nowhere.yaml"}, "nowhere.yaml", "No such file"),
+    "batch of none": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0", "at least 1"),
+    "no dataset": ({"dataset_name": None}, "required", "--dataset_name"),
+    "no model": ({"model_name_or_path": None}, "required", "--model_name_or_path"),
+    # the subset
+    "pattern that finds nothing": (
+        {"unfrozen_parameters": [r"layers\.3\.", "^model.layers.1.mlp.dwn_proj.weight$"]},
+        "unfrozen_parameters",
+        "'^model.layers.1.mlp.dwn_proj.weight$'",
+        "'model.layers.1.mlp.down_proj.weight'",
+    ),
+    "pattern with brackets": ({"unfrozen_parameters": ["[/x]_proj[y]"]}, "unfrozen_parameters", "'[/x]_proj[y]'"),
+    "pattern that is none": ({"unfrozen_parameters": ["layers.("]}, "unfrozen_parameters", "'layers.('", "position 7"),
+    "no pattern": ({"unfrozen_parameters": None, "config": "no_subset.yaml"}, "unfrozen_parameters", "empty"),
+    # the model
+    "model that is not there": ({"model_name_or_path": "./no_modle"}, "'./no_modle'", "no such folder", "'no_model'"),
+    "folder without a model": ({"model_name_or_path": "no_model"}, "'no_model'", "config.json"),
+    # the data
+    "data that are not there": ({"dataset_name": "rws.jsonl"}, "'rws.jsonl'", "no such file", "'rows.jsonl'"),
+    "empty data": ({"dataset_name": "empty.jsonl"}, "'empty.jsonl'", "empty"),
+    "empty list": ({"dataset_name": "empty.json"}, "'empty.json'", "no data"),
+    "header alone": ({"dataset_name": "header.csv"}, "'header.csv'", "no data"),
+    "empty split": ({"dataset_train_split": "train[:0]"}, "dataset_name", "train[:0]"),
+    "unknown split": ({"dataset_train_split": "test"}, "dataset_name", '"test"'),
+    "broken JSON": ({"dataset_name": "broken.jsonl"}, "'broken.jsonl'", "malformed", "row 1"),
+    "broken Parquet": ({"dataset_name": "broken.parquet"}, "'broken.parquet'", "Parquet"),
+    "unknown columns": ({"dataset_name": "columns.csv"}, "'columns.csv'", "question, answer", "{prompt, completion}"),
+    "broken messages": ({"dataset_name": "messages.jsonl"}, "'messages.jsonl'", "malformed", "'rle'"),
+    "broken conversations": ({"dataset_name": "conversations.jsonl"}, "'conversations.jsonl'", "malformed", "'red'"),
+    "no assistant": ({"dataset_name": "no_assistant.jsonl"}, "no assistant"),
+    "nothing left to train on": ({"val_set_size": 24}, "val_set_size=24", "24 rows"),
+    "negative rows": ({"val_set_size": -1}, "val_set_size=-1", "24 rows"),
+    "evaluation of nothing": ({"eval_strategy": "steps"}, "eval_strategy='steps'", "--val_set_size"),
+    "all labels masked": ({"max_length": 20}, "All labels are masked", "max_length=20"),
+    # the rest
+    "unknown logger": ({"report_to": "paper"}, "paper", "tensorboard"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _among_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    write_jsonl(tmp_path / "rows.jsonl", ALPACA_ROWS)
+
+
+def the_error(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one sentence (its line) that a failed run ends with."""
+    lines = capsys.readouterr().err.splitlines()
+    assert not any("Traceback" in line for line in lines)
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    return lines[-1]
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_it_is_named_and_nothing_is_written(
+    case: str, finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, *named = BAD[case]
+    run = finetune(tmp_path / "out", **options)
+    assert run.code == 2
+    error = the_error(capsys)
+    assert [words for words in named if words not in error] == []
+    assert len(error) < 800
+    assert not any(run.folder.rglob("*"))
+
+
+def test_several_problems_are_said_at_once(
+    finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the file and among the flags."""
+    assert finetune(tmp_path / "out", config="unknown.yaml", max_stepz=3).code == 2
+    error = the_error(capsys)
+    assert all(key in error for key in ("'learning_rte'", "'unfrozen_params'", "'max_stepz'"))
+
+
+@pytest.mark.parametrize("options", [{"optim": "sgd"}, {"optim": "diagonal_to"}], ids=lambda options: options["optim"])
+def test_a_run_that_diverges_fails_and_saves_nothing(
+    finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any]
+) -> None:
+    run = finetune(tmp_path / "out", learning_rate=1e30, **options)
+    assert run.code == 1
+    assert "diverged" in the_error(capsys)
+    assert run.record["status"] == "failed"
+    assert "diverged" in run.record["error"]
+    assert sorted(file.name for file in run.folder.rglob("*")) == ["config.yaml", "run.json"]
+
+
+def test_one_pattern_needs_no_list(finetune: Finetune, tmp_path: Path) -> None:
+    """A string in the file is one pattern, not a list of its characters."""
+    Path("one.yaml").write_text("unfrozen_parameters: layers.3.mlp\n")
+    run = finetune(tmp_path / "out", unfrozen_parameters=None, config="one.yaml")
+    assert sorted(run.weights) == [f"model.layers.3.mlp.{name}_proj.weight" for name in ("down", "gate", "up")]
+
+
+def test_flags_win_over_the_file(finetune: Finetune, tmp_path: Path) -> None:
+    Path("lists.yaml").write_text("unfrozen_parameters: [layers.1]\nlearning-rate: 1.0e-3\nseed: 5\n")
+    run = finetune(tmp_path / "out", "--seed=6", config="lists.yaml", unfrozen_parameters=["layers.3"])
+    args = run.trainer.args
+    assert (args.learning_rate, args.seed) == (1e-3, 6)
+    assert all(name.startswith("model.layers.3.") for name in run.weights)

@@ -1,0 +1,62 @@
+"""What the README and the recipes say works as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+from to_finetune import DiagonalTO
+from to_finetune.training.arguments import parse_arguments
+from to_finetune.training.proofs import unwrapped
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_opens_with_its_command_and_sets_what_it_says(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = recipe.read_text(encoding="utf-8")
+    command = re.search(r"accelerate launch scripts/finetune.py (.*)", text.replace("\\\n#", ""))
+    assert command is not None
+    words = command[1].split()
+    assert ROOT / words[words.index("--config") + 1] == recipe
+    arguments = parse_arguments([*words, "--bf16", "false"])  # there may be no bfloat16 here
+    parsed = {key: value for group in arguments for key, value in vars(group).items()}
+    asked = {**yaml.safe_load(text), "bf16": False}
+    asked.pop("report_to", None)  # "none" becomes an empty list
+    assert {key: parsed[key] for key in asked} == asked
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_a_python_block_of_the_readme_runs(
+    block: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"input_ids": [0, 5, 6, 7], "labels": [0, 5, 6, 7]}] * 16
+    names: dict[str, Any] = {
+        "model": AutoModelForCausalLM.from_pretrained(llama),
+        "dataset": Dataset.from_list(rows),
+    }
+    exec(block, names)
+    if "trainer" in names:
+        assert names["trainer"].state.global_step == 2
+        assert isinstance(unwrapped(names["trainer"].optimizer), DiagonalTO)
+    else:
+        loss, error = map(float, capsys.readouterr().out.split())
+        assert loss < 1e-2  # of a problem that a linear layer solves exactly
+        assert error > 0
+
+
+def test_every_path_that_the_readme_names_is_there() -> None:
+    paths = re.findall(r"(?:scripts|configs|to_finetune)/[\w./-]+\w", README)
+    missing = sorted({path for path in paths if not (ROOT / path).exists()})
+    assert not missing
+    assert len(paths) > 10

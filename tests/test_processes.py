@@ -1,0 +1,124 @@
+"""Several processes end where one does; a launcher that starts fewer than it was asked for is noticed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from to_finetune.errors import UsageError
+from to_finetune.training.launch import check_processes, processes_asked_for
+
+from .helpers import Run, flags
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+# Both optimizers in one launch: the libraries take seconds to import.
+TWO_RUNS = """
+import sys
+from to_finetune.finetune import main
+
+folder, *rest = sys.argv[1:]
+for optim in ("diagonal_to", "rank_one_to"):
+    if main(["--optim", optim, "--output_dir", f"{folder}/{optim}", *rest]):
+        sys.exit(1)
+"""
+
+
+def launch(*command: Any) -> tuple[int, str]:
+    """Run a command; returns its exit code and what it wrote to stderr."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    words = [str(word) for word in command]
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        _, error = process.communicate(timeout=300)
+    finally:
+        process.terminate()  # torchrun then ends its processes, which a kill would leave behind
+    return process.returncode, error
+
+
+def test_two_processes_give_the_losses_and_weights_of_one(
+    finetune: Callable[..., Run], llama: Path, alpaca: Path, tmp_path: Path
+) -> None:
+    """At equal global batch, to the rounding of another order of summation."""
+    script = tmp_path / "two_runs.py"
+    script.write_text(TWO_RUNS)
+    options = {
+        "model_name_or_path": llama,
+        "dataset_name": alpaca,
+        "use_cpu": True,
+        "unfrozen_parameters": [r"layers\.3\."],
+        "max_steps": 8,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    code, error = launch(*torchrun, script, tmp_path / "two", *flags(**options))
+    assert code == 0, error
+    for optim in ("diagonal_to", "rank_one_to"):
+        one = finetune(tmp_path / "one" / optim, optim=optim, **{**options, "per_device_train_batch_size": 4})
+        two = Run(0, tmp_path / "two" / optim, None)
+        assert two.record["results"]["processes"] == 2
+        assert two.losses == pytest.approx(one.losses, rel=1e-5)
+        for name, weights in one.weights.items():
+            torch.testing.assert_close(two.weights[name], weights, rtol=1e-4, atol=1e-5)
+
+
+def test_accelerate_on_the_cpu_is_refused_for_several_processes(llama: Path, alpaca: Path, tmp_path: Path) -> None:
+    """It would start one, and say nothing."""
+    options = flags(model_name_or_path=llama, dataset_name=alpaca, output_dir=tmp_path / "out", use_cpu=True)
+    accelerate = [BIN / "accelerate", "launch", "--cpu", "--num_processes", 2]
+    code, error = launch(*accelerate, ROOT / "scripts" / "finetune.py", *options)
+    assert code != 0
+    assert "asked for 2 processes, but 1 runs" in error
+    assert "torchrun --nproc_per_node 2" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "processes"),
+    [
+        ("python /venv/bin/accelerate launch --num_processes 4 finetune.py", 4),
+        ("python /venv/bin/accelerate launch --num_processes=4 finetune.py", 4),
+        ("python /venv/bin/accelerate launch --num-processes 4 finetune.py", 4),
+        ("python /venv/bin/accelerate-launch --cpu --num_processes 3 finetune.py", 3),
+        ("python -m accelerate.commands.launch --num_processes 3 finetune.py", 3),
+        ("python /venv/bin/accelerate launch --config_file FILE finetune.py", 5),
+        ("python /venv/bin/accelerate launch --config_file=FILE --num_processes 2 finetune.py", 2),
+        ("python /venv/bin/accelerate launch finetune.py", None),
+        ("python /venv/bin/torchrun --nproc_per_node 4 finetune.py", None),
+        ("python finetune.py --num_processes 4", None),
+        ("bash launch.sh", None),
+        ("", None),
+    ],
+)
+def test_the_launchers_command_line_is_read(command: str, processes: int | None, tmp_path: Path) -> None:
+    file = tmp_path / "accelerate.yaml"
+    file.write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_processes: 5\nmixed_precision: 'no'\n"
+        "use_cpu: true\nnum_machines: 1\nmachine_rank: 0\ndebug: false\n"
+    )
+    assert processes_asked_for(command.replace("FILE", str(file)).split()) == processes
+
+
+def test_fewer_processes_than_asked_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Parent:
+        def parent(self) -> Parent:
+            return self
+
+        def cmdline(self) -> list[str]:
+            return ["python", "accelerate", "launch", "--num_processes", "2"]
+
+    monkeypatch.setattr("psutil.Process", Parent)
+    check_processes(2)
+    with pytest.raises(UsageError, match="asked for 2 processes, but 1 runs"):
+        check_processes(1)

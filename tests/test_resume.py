@@ -1,0 +1,130 @@
+"""An interrupted run saves a checkpoint, says so, and goes on to the uninterrupted run's weights, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
+
+from to_finetune.errors import RunError
+from to_finetune.model import save_trained, select_trainable
+from to_finetune.training.callbacks import StopOnNonFinite
+
+from .helpers import Run, assert_same_bits
+
+Finetune = Callable[..., Run]
+STEPS = 8  # of 4 rows, from 24: the data come round after step 6
+
+
+def interrupted(finetune: Finetune, folder: Path, *signals: signal.Signals, **options: Any) -> Run:
+    """A run that gets `signals` in the middle of its fourth step."""
+
+    class Interrupt(StopOnNonFinite):
+        def on_step_begin(
+            self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        ) -> None:
+            if state.global_step == 3:
+                for number in signals:
+                    os.kill(os.getpid(), number)
+
+    with mock.patch("to_finetune.finetune.StopOnNonFinite", Interrupt):
+        return finetune(folder, max_steps=STEPS, **options)
+
+
+@pytest.fixture(scope="module")
+def stopped(finetune: Finetune, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that was interrupted and has not gone on."""
+    return interrupted(finetune, tmp_path_factory.mktemp("runs") / "stopped", signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("optim", "number", "unfrozen_parameters"),
+    [
+        ("diagonal_to", signal.SIGINT, r"layers\.3\."),
+        ("rank_one_to", signal.SIGTERM, r"layers\.3\."),
+        ("full_to", signal.SIGINT, r"^model\.norm\.weight$"),
+        ("adamw_torch", signal.SIGTERM, r"layers\.3\."),
+    ],
+)
+def test_an_interrupted_run_ends_in_the_uninterrupted_ones_weights(
+    finetune: Finetune, tmp_path: Path, optim: str, number: signal.Signals, unfrozen_parameters: str
+) -> None:
+    options: dict[str, Any] = {"optim": optim, "unfrozen_parameters": [unfrozen_parameters], "warmup_steps": 2}
+    whole = finetune(tmp_path / "whole", max_steps=STEPS, **options)
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+    first = interrupted(finetune, tmp_path / "parts", number, **options)
+    assert first.code == 128 + number
+    assert first.record["status"] == "interrupted"
+    assert first.record["checkpoint"] == str(first.folder / "checkpoint-4")
+    assert not (first.folder / "trained.safetensors").exists()
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+    second = finetune(tmp_path / "parts", max_steps=STEPS, resume_from_checkpoint=True, **options)
+    assert second.code == 0
+    assert second.record["status"] == "done"
+    assert second.losses == whole.losses
+    assert_same_bits(second.weights, whole.weights)
+
+
+def test_a_second_signal_stops_at_once(finetune: Finetune, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(finetune, tmp_path / "run", signal.SIGINT, signal.SIGINT)
+    assert Run(1, tmp_path / "run", None).record["status"] == "failed"
+    assert not list(tmp_path.rglob("trained.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"optim": "rank_one_to"},
+        {"optim_args": "alpha=0.7"},
+        {"unfrozen_parameters": [r"layers\.2\."]},
+        {"learning_rate": 0.5},
+        {"weight_decay": 0.5},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_resuming_with_other_settings_is_refused(
+    finetune: Finetune, stopped: Run, capsys: pytest.CaptureFixture[str], other: dict[str, Any]
+) -> None:
+    """What the checkpoint would override, or could not be loaded onto."""
+    before = {file: file.read_bytes() for file in stopped.folder.rglob("*") if file.is_file()}
+    assert finetune(stopped.folder, max_steps=STEPS, resume_from_checkpoint=True, **other).code == 2
+    assert f"{next(iter(other))}=" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in stopped.folder.rglob("*") if file.is_file()} == before
+
+
+def test_a_folder_with_a_run_is_refused(finetune: Finetune, stopped: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert finetune(stopped.folder).code == 2
+    assert "holds another run" in capsys.readouterr().err
+    assert stopped.record["status"] == "interrupted"
+
+
+@pytest.mark.parametrize("asked", ["true", "nowhere"])
+def test_resuming_without_a_checkpoint_is_refused(
+    finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: str
+) -> None:
+    assert finetune(tmp_path / "empty", resume_from_checkpoint=asked).code == 2
+    assert f"resume_from_checkpoint='{asked}'" in capsys.readouterr().err
+    assert not (tmp_path / "empty").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_never_saved(llama: Path, tmp_path: Path, value: float) -> None:
+    """The last good file stays."""
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    select_trainable(model, [r"layers\.3\."])
+    good = save_trained(model, tmp_path).read_bytes()
+    with torch.no_grad():
+        model.model.layers[3].mlp.up_proj.weight[1, 2] = value
+    with pytest.raises(RunError, match=r"1 trained tensors are not finite, model\.layers\.3\.mlp\.up_proj\.weight"):
+        save_trained(model, tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {"trained.safetensors": good}

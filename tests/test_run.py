@@ -1,0 +1,147 @@
+"""What a run leaves behind: the trained weights alone, a record that proves it, and a recipe that repeats it."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from to_finetune.data.preview import IGNORED
+from to_finetune.errors import UsageError
+from to_finetune.finetune import main
+from to_finetune.model import load_finetuned
+
+from .helpers import LAYER_WEIGHTS, Run, assert_same_bits
+
+SETTINGS = {
+    "optim_args": "alpha=0.2,beta=0.2",
+    "learning_rate": 0.01,
+    "weight_decay": 0.1,
+    "lr_scheduler_type": "cosine",
+    "seed": 7,
+    "val_set_size": 6,
+    "per_device_eval_batch_size": 6,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "report_to": "tensorboard",
+}
+
+
+@pytest.fixture(scope="module")
+def run(finetune: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = finetune(tmp_path_factory.mktemp("runs") / "first", **SETTINGS)
+    assert run.code == 0
+    return run
+
+
+def test_saves_the_trained_tensors_and_nothing_else(run: Run) -> None:
+    data = (run.folder / "trained.safetensors").read_bytes()
+    (header_size,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + header_size])
+    header.pop("__metadata__")
+    assert len(header) == 9
+    assert all(name.startswith("model.layers.3.") for name in header)
+    assert len(data) == 8 + header_size + 4 * LAYER_WEIGHTS
+    assert header_size < 2000
+    for folder in (run.folder, run.folder / "checkpoint-2", run.folder / "checkpoint-4"):
+        assert [file.name for file in folder.glob("*.safetensors")] == ["trained.safetensors"]
+
+
+def test_the_saved_file_names_its_base(run: Run, llama: Path) -> None:
+    data = (run.folder / "trained.safetensors").read_bytes()
+    (header_size,) = struct.unpack("<Q", data[:8])
+    assert json.loads(data[8 : 8 + header_size])["__metadata__"]["base_model_name_or_path"] == str(llama)
+
+
+@pytest.mark.parametrize("folder", [".", "checkpoint-4"])
+def test_load_finetuned_gives_the_live_model_back_bit_for_bit(run: Run, folder: str) -> None:
+    model, tokenizer = load_finetuned(run.folder / folder)
+    assert_same_bits(dict(model.named_parameters()), dict(run.trainer.model.named_parameters()))
+    assert tokenizer("red tree").input_ids == run.trainer.processing_class("red tree").input_ids
+
+
+def test_the_record_holds_every_proof(run: Run) -> None:
+    record = run.record
+    assert record["status"] == "done"
+    assert record["proofs"] == {
+        "live_optimizer": "DiagonalTO",
+        "trained_tensors": 9,
+        "moved_after_first_step": 9,
+        "frozen_tensors_unmoved": 30,
+        "never_moved": [],
+        "saved_bytes_read_back": 4 * LAYER_WEIGHTS,
+    }
+    assert {name: record["versions"][name] for name in ("torch", "trl")} == {
+        "torch": version("torch"),
+        "trl": version("trl"),
+    }
+    assert record["results"]["processes"] == 1
+
+
+def test_the_losses_of_the_record_are_the_models(run: Run) -> None:
+    """The held-out loss (of one batch: Hugging Face averages over batches), computed again a row at a time."""
+    model, _ = load_finetuned(run.folder, dtype=torch.float64)
+    total, tokens = 0.0, 0
+    for row in run.trainer.eval_dataset:
+        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(row["labels"][1:])
+        total += cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum").item()
+        tokens += int((labels != IGNORED).sum())
+    results = run.record["results"]
+    assert results["eval_loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert results["train_loss_mean"] == pytest.approx(sum(run.losses) / 4)
+    assert results["steps"] == 4
+
+
+def test_leaves_a_picture_and_the_curves(run: Run) -> None:
+    assert (run.folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len(run.losses) == 4
+    events = list(run.folder.rglob("events.out.tfevents.*"))
+    assert events
+    assert b"train/estimate_error" in b"".join(file.read_bytes() for file in events)
+
+
+def test_nothing_half_written_stays(run: Run) -> None:
+    assert not list(run.folder.rglob("*.partial"))
+
+
+def test_its_config_repeats_the_run_bit_for_bit(run: Run, tmp_path: Path) -> None:
+    """Given config.yaml and another folder, and nothing else."""
+    folder = tmp_path / "again"
+    again = Run(main(["--config", str(run.folder / "config.yaml"), "--output_dir", str(folder)]), folder, None)
+    assert again.code == 0
+    assert again.losses == run.losses
+    assert_same_bits(again.weights, run.weights)
+
+
+def test_only_trained_weights_have_gradients_and_state(run: Run) -> None:
+    model, optimizer = run.trainer.model, run.trainer.optimizer.optimizer
+    model(torch.arange(10)[None], labels=torch.arange(10)[None]).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    names = {p: name for name, p in model.named_parameters()}
+    assert trained == run.weights.keys()
+    assert {names[p] for p in optimizer.state} == trained
+    assert {names[p] for group in optimizer.param_groups for p in group["params"]} == trained
+
+
+def test_a_checkpoint_holds_state_of_the_trained_weights_only(run: Run) -> None:
+    saved = torch.load(run.folder / "checkpoint-2" / "optimizer.pt", weights_only=True)
+    assert len(saved["state"]) == 9
+    assert all(state.keys() == {"step", "a", "b"} for state in saved["state"].values())
+    assert sum(x.numel() for state in saved["state"].values() for x in (state["a"], state["b"])) == 2 * LAYER_WEIGHTS
+
+
+def test_a_model_trained_whole_is_saved_whole(finetune: Callable[..., Run], tmp_path: Path) -> None:
+    run = finetune(tmp_path / "whole", unfrozen_parameters=None, max_steps=2)
+    assert run.code == 0
+    saved = AutoModelForCausalLM.from_pretrained(run.folder)
+    assert_same_bits(dict(saved.named_parameters()), dict(run.trainer.model.named_parameters()))
+    with pytest.raises(UsageError, match=r"holds no trained\.safetensors"):
+        load_finetuned(run.folder)

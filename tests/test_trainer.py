@@ -1,0 +1,215 @@
+"""The optimizers under Hugging Face's Trainer: by name, by class, by hand, all to the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+
+from to_finetune.model import select_trainable
+from to_finetune.optim import DiagonalTO, FullTO, RankOneTO
+from to_finetune.training import FinetuneArguments, TOTrainer, TOTrainingArguments
+from to_finetune.training.optimizers import RECOMMENDED_LEARNING_RATE, RECOMMENDED_OPTIONS
+from to_finetune.training.proofs import unwrapped
+
+from .helpers import Run, assert_same_bits
+
+STEPS = 5
+OPTIONS = {"alpha": 0.3, "beta": 0.2, "relative_alpha": True, "grad_scale": "rms", "decoupled_weight_decay": True}
+LR = 0.01
+
+
+def arguments(cls: type[TrainingArguments], folder: Path, **options: Any) -> Any:
+    settings = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return cls(**{**settings, **options})
+
+
+def rows(count: int = 24, length: int = 10) -> list[dict[str, Tensor]]:
+    """Rows of random tokens; the first half of each is not learned."""
+    tokens = torch.randint(3, 290, (count, length), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": t, "labels": t.masked_fill(torch.arange(length) < length // 2, -100)} for t in tokens]
+
+
+@pytest.fixture
+def model(llama: Path) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    select_trainable(model, [r"layers\.3\."])
+    return model
+
+
+def trained(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
+    """As the Trainer makes them: the norms do not decay."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [
+        {"params": [p for name, p in named if "norm" not in name], "weight_decay": weight_decay},
+        {"params": [p for name, p in named if "norm" in name], "weight_decay": 0.0},
+    ]
+
+
+def by_name(model: PreTrainedModel, folder: Path, weight_decay: float) -> Trainer:
+    options = ",".join(f"{key}={value}" for key, value in OPTIONS.items())
+    named = {"optim": "diagonal_to", "optim_args": options, "learning_rate": LR, "weight_decay": weight_decay}
+    return TOTrainer(model, arguments(TOTrainingArguments, folder, **named), train_dataset=rows())
+
+
+def by_class(model: PreTrainedModel, folder: Path, weight_decay: float) -> Trainer:
+    args = arguments(TrainingArguments, folder, weight_decay=weight_decay)
+    door = (DiagonalTO, {"lr": LR, **OPTIONS})
+    return Trainer(model, args, train_dataset=rows(), optimizer_cls_and_kwargs=door)
+
+
+def by_instance(model: PreTrainedModel, folder: Path, weight_decay: float) -> Trainer:
+    optimizer = DiagonalTO(groups(model, weight_decay), lr=LR, **OPTIONS)
+    return Trainer(model, arguments(TrainingArguments, folder), train_dataset=rows(), optimizers=(optimizer, None))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+@pytest.mark.parametrize("door", [by_name, by_class, by_instance])
+def test_every_door_equals_a_loop_by_hand_bit_for_bit(
+    door: Callable[..., Trainer], weight_decay: float, model: PreTrainedModel, llama: Path, tmp_path: Path
+) -> None:
+    """The loop's loss is the sum over the learned tokens divided by their number, as the Trainer computes it."""
+    trainer = door(model, tmp_path, weight_decay)
+    batches: list[dict[str, Tensor]] = []
+    collate = trainer.data_collator
+
+    def recording(features: list[Any]) -> Any:
+        batches.append(collate(features))
+        return {key: value.clone() for key, value in batches[-1].items()}
+
+    trainer.data_collator = recording
+    trainer.train()
+
+    by_hand = AutoModelForCausalLM.from_pretrained(llama).train()
+    select_trainable(by_hand, [r"layers\.3\."])
+    optimizer = DiagonalTO(groups(by_hand, weight_decay), lr=LR, **OPTIONS)
+    history = []
+    for batch in batches[:STEPS]:
+        logits, labels = by_hand(batch["input_ids"]).logits[:, :-1], batch["labels"][:, 1:]
+        loss = cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), reduction="sum")
+        loss = loss / (labels != -100).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append((loss.item(), optimizer.estimate_error().item(), optimizer.gradient_peak().item()))
+    assert_same_bits(trained(model), trained(by_hand))
+    if isinstance(trainer, TOTrainer):
+        logged = [
+            (row["loss"], row["estimate_error"], row["gradient_peak"])
+            for row in trainer.state.log_history
+            if "loss" in row
+        ]
+        assert logged == [pytest.approx(row, rel=1e-6) for row in history]
+
+
+@pytest.mark.parametrize(
+    ("optim", "cls"), [("diagonal_to", DiagonalTO), ("rank_one_to", RankOneTO), ("full_to", FullTO)]
+)
+def test_a_name_gives_its_class_with_the_recommended_options(
+    model: PreTrainedModel, tmp_path: Path, optim: str, cls: type[DiagonalTO]
+) -> None:
+    """But for those that are given."""
+    args = arguments(TOTrainingArguments, tmp_path, optim=optim, optim_args="alpha=0.7", weight_decay=0.2)
+    trainer = TOTrainer(model, args, train_dataset=rows())
+    group = unwrapped(trainer.create_optimizer()).param_groups[0]
+    assert type(unwrapped(trainer.optimizer)) is cls
+    assert {key: group[key] for key in RECOMMENDED_OPTIONS} == {**RECOMMENDED_OPTIONS, "alpha": 0.7}
+    assert (group["lr"], group["weight_decay"]) == (RECOMMENDED_LEARNING_RATE, 0.2)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+def test_hugging_faces_names_pass_through(model: PreTrainedModel, llama: Path, tmp_path: Path, optim: str) -> None:
+    """To the bits of a Trainer that does not know us."""
+    options = {"optim": optim, "learning_rate": 0.01, "weight_decay": 0.1, "max_grad_norm": 1.0}
+    TOTrainer(model, arguments(TOTrainingArguments, tmp_path, **options), train_dataset=rows()).train()
+    theirs = AutoModelForCausalLM.from_pretrained(llama)
+    select_trainable(theirs, [r"layers\.3\."])
+    Trainer(theirs, arguments(TrainingArguments, tmp_path, **options), train_dataset=rows()).train()
+    assert_same_bits(trained(model), trained(theirs))
+
+
+@pytest.mark.parametrize(
+    ("options", "learning_rate", "max_grad_norm"),
+    [
+        ({}, RECOMMENDED_LEARNING_RATE, 0.0),
+        ({"optim": "full_to"}, RECOMMENDED_LEARNING_RATE, 0.0),
+        ({"optim_args": "grad_scale=None"}, RECOMMENDED_LEARNING_RATE, 1.0),
+        ({"optim": "adamw_torch"}, 5e-5, 1.0),
+        ({"max_grad_norm": 0.5, "learning_rate": 0.3}, 0.3, 0.5),
+        ({"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.0}, 0.0, 0.0),
+    ],
+)
+def test_rate_and_clipping_default_to_what_suits_the_optimizer(
+    tmp_path: Path, options: dict[str, Any], learning_rate: float, max_grad_norm: float
+) -> None:
+    """No clipping where grad_scale undoes it."""
+    for cls in (TOTrainingArguments, FinetuneArguments):
+        args = cls(output_dir=str(tmp_path), use_cpu=True, **options)
+        assert (args.learning_rate, args.max_grad_norm) == (learning_rate, max_grad_norm)
+
+
+def test_options_come_as_text_or_as_a_mapping(tmp_path: Path) -> None:
+    """With the same values, numbers in YAML's scientific notation (a text to YAML) included."""
+    expected = {**RECOMMENDED_OPTIONS, "alpha": 0.05, "grad_scale": None, "state_dtype": torch.bfloat16}
+    for given in (
+        "alpha=5e-2, grad_scale=None, state_dtype=bfloat16",
+        {"alpha": "5e-2", "grad_scale": None, "state_dtype": "torch.bfloat16"},
+    ):
+        assert TOTrainingArguments(output_dir=str(tmp_path), use_cpu=True, optim_args=given).to_options == expected
+
+
+@pytest.mark.parametrize("optim", ["diagonal_to", "rank_one_to"])
+def test_accumulated_small_batches_equal_one_large_batch(
+    finetune: Callable[..., Run], tmp_path: Path, optim: str
+) -> None:
+    """With rows of different lengths, where a mean of means would not."""
+    options = {"optim": optim, "max_steps": 3}
+    one = finetune(tmp_path / "one", per_device_train_batch_size=8, **options)
+    many = finetune(tmp_path / "many", per_device_train_batch_size=1, gradient_accumulation_steps=8, **options)
+    lengths = {sum(label != -100 for label in row["labels"]) for row in one.trainer.train_dataset}
+    assert len(lengths) > 4
+    assert many.losses == pytest.approx(one.losses, rel=1e-5)
+    for name, weights in one.weights.items():
+        torch.testing.assert_close(many.weights[name], weights, rtol=1e-4, atol=1e-6)
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(finetune: Callable[..., Run], tmp_path: Path) -> None:
+    """Of a subset; the worst by loss is asked for, so that it is not the last."""
+    every_step = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    run = finetune(
+        tmp_path / "run",
+        val_set_size=8,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+        **every_step,
+    )
+    assert run.code == 0
+    losses = {row["step"]: row["eval_loss"] for row in run.trainer.state.log_history if "eval_loss" in row}
+    best = max(losses, key=losses.__getitem__)
+    assert best < 4
+    checkpoint = Run(0, run.folder / f"checkpoint-{best}", None)
+    assert_same_bits(run.weights, checkpoint.weights)
+    assert_same_bits(run.weights, trained(run.trainer.model))
+    last = Run(0, run.folder / "checkpoint-4", None)
+    assert any(not torch.equal(weights, last.weights[name]) for name, weights in run.weights.items())
