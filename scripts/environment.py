@@ -1,6 +1,6 @@
 """A virtual environment of the project's own, in .venv: made on first use, needs Python and a package index only.
 
-    python scripts/environment.py dev      makes it (extras: hf to fine-tune, dev to run the tests as well)
+python scripts/environment.py dev      makes it (extras: hf to fine-tune, dev to run the tests as well)
 """
 
 import hashlib

@@ -40,7 +40,11 @@ def main() -> None:
     console = Console()
     folder = new_folder()
     tiny_llama.make(folder)
-    run("quickstart-pretrain.yaml", f"--model_name_or_path {folder}/model --dataset_name {folder}/pretrain.jsonl", folder / "base")
+    run(
+        "quickstart-pretrain.yaml",
+        f"--model_name_or_path {folder}/model --dataset_name {folder}/pretrain.jsonl",
+        folder / "base",
+    )
     data = f"--dataset_name {folder}/instructions_train.jsonl --eval_dataset_name {folder}/instructions_test.jsonl"
     for label, flags in OPTIMIZERS.items():
         run("quickstart.yaml", f"--model_name_or_path {folder}/base {data} {flags}", folder / slug(label))
@@ -56,7 +60,9 @@ def main() -> None:
     console.rule("The same model, the same data, three optimizers", align="left")
     console.print(comparison(folder, answers, rows))
     console.print(generations(answers, rows))
-    console.print(f"Everything is in {folder}: the picture in comparison.png, each run's weights, run.json and loss.png")
+    console.print(
+        f"Everything is in {folder}: the picture in comparison.png, each run's weights, run.json and loss.png"
+    )
     console.print(f"in its own folder. {time.perf_counter() - started:.0f} s in all.")
 
 
@@ -91,7 +97,12 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: l
     tokenizer.padding_side = "left"
     prompts = [alpaca_prompt(row["instruction"], row["input"]) for row in rows]
     batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
-    output = model.generate(**batch, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    output: torch.Tensor = model.generate(
+        **batch,  # type: ignore[operator]
+        max_new_tokens=24,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -100,7 +111,10 @@ def comparison(folder: Path, answers: dict[str, list[str]], rows: list[dict[str,
     table = Table(header_style="bold")
     for column in ("optimizer", "held-out loss", "mean training loss", "first fifth", "right answers", "seconds"):
         table.add_column(column, justify="left" if column == "optimizer" else "right")
-    right = {label: sum(a.strip() == row["output"] for a, row in zip(given, rows)) for label, given in answers.items()}
+    right = {
+        label: sum(a.strip() == row["output"] for a, row in zip(given, rows, strict=True))
+        for label, given in answers.items()
+    }
     table.add_row("(before)", "", "", "", f"{right['before']} of {len(rows)}", "", style="dim")
     for label in OPTIMIZERS:
         result = read(folder / slug(label) / "run.json")["results"]

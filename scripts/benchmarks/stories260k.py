@@ -40,7 +40,9 @@ def main() -> None:
     parser.add_argument("--data", help="Alpaca's JSON file")
     parser.add_argument("--table", action="store_true", help="print the table of the results that are there")
     options = parser.parse_args()
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"machine": machine(), "runs": []}
+    results: dict[str, Any] = (
+        json.loads(RESULTS.read_text()) if RESULTS.exists() else {"machine": machine(), "runs": []}
+    )
     if not options.table:
         if not (options.model and options.data):
             parser.error("--model and --data are needed")

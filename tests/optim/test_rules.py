@@ -160,3 +160,12 @@ def test_rms_normalized_says_when_one_element_silences_the_others() -> None:
     assert g.isfinite().all()
     torch.testing.assert_close(g[17], torch.tensor(-(1000**0.5)))
     torch.testing.assert_close(peak, torch.tensor(1.0))
+
+
+def test_rank_one_relative_alpha_has_a_floor_where_v_is_orthogonal_to_the_weights() -> None:
+    w, g, across = torch.randn(3, 50, dtype=torch.float64)
+    v = across - (across @ w) / (w @ w) * w + 1e-9 * w  # v.w is next to nothing
+    zero = torch.zeros_like(w)
+    step = rules.rank_one(w, g, zero, v, zero, lr=0.1, alpha=0.3, beta=0.1, relative_alpha=True)
+    torch.testing.assert_close(step.u, 0.3 / (w @ w / 50) * (v @ w) * g)
+    assert step.u.norm() < 1e-6 * g.norm()

@@ -58,7 +58,7 @@ def rank_one(
     u, v, b = state
     s = v @ w
     q = s**2 + (u @ u) * (w @ w)
-    alpha_eff = limited(alpha, beta, q, q if relative_alpha else None, gamma_max)
+    alpha_eff = limited(alpha, beta, q, torch.maximum(q, (w @ w) / len(w)) if relative_alpha else None, gamma_max)
     r = s * u + b - g
     c = u @ r
     u, v = u - alpha_eff * s * r, v - alpha_eff * c * w

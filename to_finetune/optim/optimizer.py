@@ -74,9 +74,9 @@ class TrainableOptimizer(Optimizer, ABC):
                 step (Proposition 2's feasible set); None for no projection.
             weight_decay: L2 factor, added to the gradient (coupled), as the paper's theorem has it.
             decoupled_weight_decay: shrink the weights by ``lr * weight_decay`` instead, as AdamW does.
-            relative_alpha: (ours) alpha in units of the inverse of the block's own scale: ``mean(w^2)``
-                (Diagonal), ``(v.w)^2 + ||u||^2 ||w||^2`` (RankOne), ``||w||^2`` (Full). It then means the same
-                for small and for large weights.
+            relative_alpha: (ours) alpha in units of the inverse of the block's own scale: ``mean(w^2)`` (Diagonal),
+                ``(v.w)^2 + ||u||^2 ||w||^2`` but no less than ``mean(w^2)`` (RankOne), ``||w||^2`` (Full). It then
+                means the same for small and for large weights.
             grad_scale: (ours) "rms" divides each tensor's gradient by its own root mean square first, so that
                 lr, alpha and beta mean the same for every tensor and model.
             maximize: ascend instead of descend.
@@ -166,6 +166,8 @@ class TrainableOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if any(p.grad is not None and p.grad.is_sparse for group in self.param_groups for p in group["params"]):
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients.")
         self._forget_last_step()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -183,9 +185,6 @@ class TrainableOptimizer(Optimizer, ABC):
 
     def _advance(self, p: Tensor, group: Group) -> Rates:
         """Create p's state where there is none, count this step, and return its rates."""
-        assert p.grad is not None
-        if p.grad.is_sparse:
-            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients.")
         state = self.state[p]
         if not state:
             state["step"] = torch.tensor(0.0)

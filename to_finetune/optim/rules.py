@@ -60,6 +60,7 @@ class RankOneSums(NamedTuple):
     uu: Tensor
     ub: Tensor
     ug: Tensor
+    n: Tensor  # the number of weights
 
 
 def diagonal(
@@ -117,15 +118,16 @@ def rank_one(
         w, g, u, v, b: weights, gradient, the slope's factors and the offset, of one shape and dtype.
         lr, alpha, beta: the rates of w, of u and v, and of b.
         gamma_max: the guard's bound on ``alpha q + beta``; None switches it off.
-        relative_alpha: (ours) alpha is in units of ``1 / q``.
+        relative_alpha: (ours) alpha is in units of ``1 / max(q, mean(w^2))``. q alone may be next to nothing
+            while u is zero and v happens to be orthogonal to w, and u would then grow without bound.
         sums: the scalar products over the whole block, where the tensors are a piece of it; None takes
             them from the tensors themselves.
     """
-    s, ww, uu, ub, ug = rank_one_sums(w, g, u, v, b) if sums is None else sums
+    s, ww, uu, ub, ug, n = rank_one_sums(w, g, u, v, b) if sums is None else sums
     c = s * uu + ub - ug  # u.r
     q = s * s + uu * ww
     if relative_alpha:
-        alpha = alpha / _positive(q)
+        alpha = alpha / _positive(torch.maximum(q, ww / n))
     alpha = _guarded(alpha, beta, gamma_max, q)
     target = g - s * u
     r = b - target
@@ -138,7 +140,8 @@ def rank_one(
 
 def rank_one_sums(w: Tensor, g: Tensor, u: Tensor, v: Tensor, b: Tensor) -> RankOneSums:
     """The scalar products of a RankOne step over the given tensors, 0-dim each."""
-    return RankOneSums((v * w).sum(), (w * w).sum(), (u * u).sum(), (u * b).sum(), (u * g).sum())
+    n = torch.full((), w.numel(), dtype=w.dtype, device=w.device)
+    return RankOneSums((v * w).sum(), (w * w).sum(), (u * u).sum(), (u * b).sum(), (u * g).sum(), n)
 
 
 def full(

@@ -72,6 +72,8 @@ class TrainableOptimizerMixin(_Base):
         if not self.is_partly_frozen():
             super()._save(output_dir, state_dict)
             return
+        if not self.args.should_save:  # Hugging Face calls this in every process
+            return
         folder = str(output_dir or self.args.output_dir)
         save_trained(self.model, folder)
         if self.processing_class is not None:
