@@ -19,8 +19,11 @@ CPU_TORCH = "torch==2.13.0"  # tested; where there is a GPU, pip chooses the bui
 def enter(extra: str) -> None:
     """Continue the calling script inside the environment, with the project and `extra` installed in it."""
     make(extra)
-    if Path(sys.prefix).resolve() != VENV.resolve():
+    if Path(sys.prefix).resolve() == VENV.resolve():
+        return
+    if os.name == "nt":
         sys.exit(subprocess.run([PYTHON, *sys.argv]).returncode)
+    os.execv(PYTHON, [str(PYTHON), *sys.argv])
 
 
 def make(extra: str) -> None:
@@ -32,7 +35,7 @@ def make(extra: str) -> None:
         return
     print(f"Setting up {VENV} (once, one to three minutes) ...", flush=True)
     torch = "torch" if shutil.which("nvidia-smi") else CPU_TORCH
-    pip = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(PYTHON), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     for command in (
         [sys.executable, "-m", "venv", str(VENV)],
         [*pip, torch],

@@ -47,13 +47,12 @@ def launch(*command: Any) -> tuple[int, str]:
 def test_two_processes_give_the_losses_and_weights_of_one(
     finetune: Callable[..., Run], llama: Path, alpaca: Path, tmp_path: Path
 ) -> None:
-    """At equal global batch, to the rounding of another order of summation."""
+    """At equal global batch, to the rounding of another order of summation; without a flag where there is no GPU."""
     script = tmp_path / "two_runs.py"
     script.write_text(TWO_RUNS)
     options = {
         "model_name_or_path": llama,
         "dataset_name": alpaca,
-        "use_cpu": True,
         "unfrozen_parameters": [r"layers\.3\."],
         "max_steps": 8,
         "per_device_train_batch_size": 2,

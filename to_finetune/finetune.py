@@ -187,6 +187,8 @@ def interrupted(record: RunRecord, signals: SaveOnSignal, console: Console, args
 def summary(results: dict[str, Any], record: RunRecord) -> Table:
     """What came out, and where it lies."""
     table = Table(show_header=False, box=None, title="Done", title_justify="left", title_style="bold")
+    table.add_column()
+    table.add_column(overflow="fold")  # a path must be there whole
     for name, value in results.items():
         if value is not None:
             table.add_row(name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
