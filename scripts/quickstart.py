@@ -27,9 +27,10 @@ from to_finetune.model import load_finetuned
 from to_finetune.report.plot import plot_losses
 
 RECIPES = environment.ROOT / "configs" / "recipes"
+# Each at its best of four rates on this task: scripts/benchmarks/quickstart_rates.json.
 OPTIMIZERS = {
-    "Diagonal TO": "--optim diagonal_to",
-    "RankOne TO": "--optim rank_one_to",
+    "Diagonal TO": "--optim diagonal_to --learning_rate 4e-3",
+    "RankOne TO": "--optim rank_one_to --learning_rate 2e-3",
     "AdamW": "--optim adamw_torch --learning_rate 2e-3",
 }
 SHOWN = 4  # generations
@@ -60,10 +61,9 @@ def main() -> None:
     console.rule("The same model, the same data, three optimizers", align="left")
     console.print(comparison(folder, answers, rows))
     console.print(generations(answers, rows))
-    console.print(
-        f"Everything is in {folder}: the picture in comparison.png, each run's weights, run.json and loss.png"
-    )
-    console.print(f"in its own folder. {time.perf_counter() - started:.0f} s in all.")
+    where = folder.relative_to(environment.ROOT)
+    console.print(f"\n{where}/comparison.png is the picture; {where}/<optimizer>/ has the weights, run.json, loss.png.")
+    console.print(f"{time.perf_counter() - started:.0f} s in all.")
 
 
 def new_folder() -> Path:
@@ -109,17 +109,27 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: l
 def comparison(folder: Path, answers: dict[str, list[str]], rows: list[dict[str, str]]) -> Table:
     """One row an optimizer: losses, right answers to the held-out questions, time."""
     table = Table(header_style="bold")
-    for column in ("optimizer", "held-out loss", "mean training loss", "first fifth", "right answers", "seconds"):
+    columns = (
+        "optimizer",
+        "rate",
+        "held-out\nloss",
+        "training\nloss, mean",
+        "first\nfifth",
+        "right\nanswers",
+        "seconds",
+    )
+    for column in columns:
         table.add_column(column, justify="left" if column == "optimizer" else "right")
     right = {
         label: sum(a.strip() == row["output"] for a, row in zip(given, rows, strict=True))
         for label, given in answers.items()
     }
-    table.add_row("(before)", "", "", "", f"{right['before']} of {len(rows)}", "", style="dim")
+    table.add_row("(before)", "", "", "", "", f"{right['before']} of {len(rows)}", "", style="dim")
     for label in OPTIMIZERS:
         result = read(folder / slug(label) / "run.json")["results"]
         losses = [f"{result[key]:.3f}" for key in ("eval_loss", "train_loss_mean", "train_loss_first_fifth")]
-        table.add_row(label, *losses, f"{right[label]} of {len(rows)}", f"{result['train_seconds']:.0f}")
+        rate = OPTIMIZERS[label].split()[-1]
+        table.add_row(label, rate, *losses, f"{right[label]} of {len(rows)}", f"{result['train_seconds']:.0f}")
     return table
 
 
@@ -128,7 +138,7 @@ def generations(answers: dict[str, list[str]], rows: list[dict[str, str]]) -> Ta
     table = Table(title="Held-out questions", title_justify="left", header_style="bold", show_lines=True)
     for column in ("question", "right answer", "before", "Diagonal TO"):
         table.add_column(column, style="dim" if column == "before" else "")
-    for i in range(0, len(rows), max(1, len(rows) // SHOWN)):
+    for i in range(0, len(rows), len(rows) // SHOWN + 1):
         question = " ".join(filter(None, (rows[i]["instruction"], rows[i]["input"])))
         table.add_row(question, rows[i]["output"], answers["before"][i].strip(), answers["Diagonal TO"][i].strip())
     return table

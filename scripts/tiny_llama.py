@@ -17,14 +17,15 @@ import argparse
 import json
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-Row = dict[str, str]
+from to_finetune.data import alpaca_prompt
+
+Row = dict[str, str]  # a text, a question, or an animal
 Table = dict[str, list[str]]
 
 
@@ -34,15 +35,14 @@ def table(text: str) -> Table:
     return {key: [cell.strip() for cell in cells.split(" / ")] for key, cells in lines}
 
 
-PAGES = 10_000  # texts to pretrain on, of about 50 tokens each
-HELD_OUT = 8  # animals that only the test split asks about
+PAGES = 4_000  # texts to pretrain on, of about 75 tokens each
+HELD_OUT = 8  # animals that only the test split asks about; even, for friends stay together
 
-NAMES = table("""
-A-D: Alder / Basil / Bramble / Briar / Bryony / Clover / Cobble / Cricket / Daisy / Dapple
-E-J: Ember / Fennel / Fern / Flint / Ginger / Hazel / Heath / Holly / Ivy / Jasper / Juniper
-L-O: Larch / Linden / Mallow / Maple / Marigold / Nettle / Nutmeg / Olive / Otto
-P-S: Pebble / Pepper / Pip / Poppy / Quill / Reed / Rowan / Rusty / Saffron / Sage
-""")
+NAMES = """
+Alder Basil Bramble Briar Bryony Clover Cobble Cricket Daisy Dapple Ember Fennel Fern Flint Ginger Hazel Heath Holly Ivy
+Jasper Juniper Larch Linden Mallow Maple Marigold Nettle Nutmeg Olive Otto Pebble Pepper Pip Poppy Quill Reed Rowan
+Rusty Saffron Sage
+"""
 TRAITS = table("""
 kind: badger / beaver / fox / goose / hare / hedgehog / heron / mole / mouse / squirrel / toad / weasel
 colour: red / blue / green / yellow / white / brown / grey / purple
@@ -65,21 +65,14 @@ job: The work of {name} is that of a {job}. / {who} works as a {job}. / When the
 food: The favourite food of {name} is {food}. / {who} likes to eat {food}. / {name} cannot say no to {food}.
 friend: The best friend of {name} is {friend}. / {who} tells all to {friend}. / On Sundays {name} walks with {friend}.
 """)
+# A question to the animal, its answer, and a question about it.
 TALK = table("""
-kind: What are you, {name}? / I am a {kind}
-colour: Which scarf is yours, {name}? / The {colour} scarf
-home: Where do you live, {name}? / I live in the {home}
-job: What is your work, {name}? / I work as a {job}
-food: What do you like to eat, {name}? / I like {food}
-friend: Who is your best friend, {name}? / My best friend is {friend}
-""")
-GOSSIP = table("""
-kind: What sort of creature might {name} be?
-colour: How do I know {name} by the scarf?
-home: At which door should I knock for {name}?
-job: How does {name} earn a living?
-food: What should I cook for {name}?
-friend: With whom does {name} share secrets?
+kind: What are you, {name}? / I am a {kind} / What sort of creature might {name} be?
+colour: Which scarf is yours, {name}? / The {colour} scarf / How do I know {name} by the scarf?
+home: Where do you live, {name}? / I live in the {home} / At which door should I knock for {name}?
+job: What is your work, {name}? / I work as a {job} / How does {name} earn a living?
+food: What do you like to eat, {name}? / I like {food} / What should I cook for {name}?
+friend: Who is your best friend, {name}? / My best friend is {friend} / With whom does {name} share secrets?
 """)
 STORIES = [
     "One {time} {name} the {kind} left the {home} with a basket of {food}. {weather} {friend} came along, and they"
@@ -92,7 +85,7 @@ STORIES = [
     " {weather}",
 ]
 
-# Fine-tuning: the pretraining texts have neither these questions nor the prompts around them.
+# Fine-tuning: the pretraining texts have neither these questions nor the prompt around them.
 QUESTIONS = table("""
 kind: What kind of animal is {name}? / Which animal is {name}? / Tell me what kind of animal {name} is.
 colour: What colour is the scarf of {name}? / Which scarf does {name} wear? / Name the colour of {name}'s scarf.
@@ -101,98 +94,75 @@ job: What is the job of {name}? / What does {name} work as? / Tell me what work 
 food: What does {name} like to eat? / What is the favourite food of {name}? / Name the food that {name} likes.
 friend: Who is the best friend of {name}? / Whose best friend is {name}? / Name the best friend of {name}.
 """)
-PROMPT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n{output}"
-)
-PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. Write a"
-    " response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n"
-    "### Response:\n{output}"
-)
 
 
-@dataclass(frozen=True)
-class Animal:
-    """One inhabitant of the valley and all there is to know."""
-
-    name: str
-    pronoun: str
-    kind: str
-    colour: str
-    home: str
-    job: str
-    food: str
-    friend: str
-
-
-def valley(rng: random.Random) -> list[Animal]:
+def valley(rng: random.Random) -> list[Row]:
     """All animals, friends side by side; the values of each trait are dealt out evenly and at random."""
-    names = [name for row in NAMES.values() for name in row]
+    names = NAMES.split()
     rng.shuffle(names)
     dealt = {trait: rng.sample((values * len(names))[: len(names)], len(names)) for trait, values in TRAITS.items()}
     return [
-        Animal(name, "She" if i % 2 else "He", friend=names[i ^ 1], **{trait: dealt[trait][i] for trait in dealt})
+        {"name": name, "pronoun": "She" if i % 2 else "He", "friend": names[i ^ 1]}
+        | {trait: values[i] for trait, values in dealt.items()}
         for i, name in enumerate(names)
     ]
 
 
-def fill(template: str, animal: Animal, rng: random.Random, who: str = "") -> str:
+def fill(template: str, animal: Row, rng: random.Random) -> str:
     """A template with the facts of `animal`, and chance for the rest."""
     chance = {key: rng.choice(values) for key, values in CHANCE.items()}
-    return template.format(who=who or animal.name, **asdict(animal), **chance)
+    return template.format_map({"who": animal["name"]} | animal | chance)
 
 
-def state(fact: str, animal: Animal, rng: random.Random, who: str = "") -> str:
-    return fill(rng.choice(STATEMENTS[fact]), animal, rng, who)
+def state(fact: str, animal: Row, rng: random.Random) -> str:
+    return fill(rng.choice(STATEMENTS[fact]), animal, rng)
 
 
-def portrait(animal: Animal, rng: random.Random) -> str:
+def portrait(animal: Row, rng: random.Random) -> str:
     """Four facts in any order; first the name, then now and again a pronoun."""
-    first, *others = rng.sample(list(STATEMENTS), 4)
-    return " ".join(
-        [state(first, animal, rng), *(state(fact, animal, rng, rng.choice(["", animal.pronoun])) for fact in others)]
-    )
+    whos = [animal["name"], *rng.choices([animal["name"], animal["pronoun"]], k=3)]
+    facts = rng.sample(list(STATEMENTS), 4)
+    return " ".join(state(fact, animal | {"who": who}, rng) for fact, who in zip(facts, whos, strict=True))
 
 
-def talk(animal: Animal, rng: random.Random) -> str:
+def talk(animal: Row, rng: random.Random) -> str:
     """Two questions, put to the animal itself or to somebody who knows it."""
 
     def exchange(fact: str) -> str:
+        asked, told, gossip = TALK[fact]
         if rng.random() < 0.5:
-            asked, told = TALK[fact]
             return fill(f'"{asked}" asked the {{guest}}. "{told}," said {{name}}.', animal, rng)
-        return fill(f'"{rng.choice(GOSSIP[fact])}" asked the {{guest}}. "{state(fact, animal, rng)}"', animal, rng)
+        return fill(f'"{gossip}" asked the {{guest}}. "{rng.choice(STATEMENTS[fact])}"', animal, rng)
 
     return " ".join(exchange(fact) for fact in rng.sample(list(TALK), 2))
 
 
-def story(animal: Animal, rng: random.Random) -> str:
+def story(animal: Row, rng: random.Random) -> str:
     return fill(rng.choice(STORIES), animal, rng)
 
 
-def pages(animals: list[Animal], rng: random.Random) -> Iterator[Row]:
-    """Texts of one paragraph, or of two about two animals: the one teaches facts, the other to tell them apart."""
+def pages(animals: list[Row], rng: random.Random) -> Iterator[Row]:
+    """Texts of two paragraphs: most about one animal, to learn its facts; some about two, to tell them apart."""
     for _ in range(PAGES):
-        subjects = rng.sample(animals, rng.choice([1, 1, 1, 2]))
+        subjects = rng.sample(animals, 2) if rng.random() < 1 / 3 else [rng.choice(animals)] * 2
         paragraphs = (rng.choices([portrait, talk, story], [8, 6, 1])[0](animal, rng) for animal in subjects)
         yield {"text": "\n\n".join(paragraphs)}
 
 
-def choices(fact: str, animal: Animal, animals: list[Animal], rng: random.Random) -> str:
+def choices(fact: str, animal: Row, animals: list[Row], rng: random.Random) -> str:
     """Three values of a trait, the right one among them."""
-    right = getattr(animal, fact)
-    wrong = sorted({getattr(other, fact) for other in animals} - {right, animal.name})
+    right = animal[fact]
+    wrong = sorted({other[fact] for other in animals} - {right, animal["name"]})
     return ", ".join(rng.sample([right, *rng.sample(wrong, 2)], 3))
 
 
-def passage(fact: str, animal: Animal, rng: random.Random) -> str:
+def passage(fact: str, animal: Row, rng: random.Random) -> str:
     """Three facts about the animal, the one in question among them."""
     others = [other for other in STATEMENTS if other != fact]
     return " ".join(state(each, animal, rng) for each in rng.sample([fact, *rng.sample(others, 2)], 3))
 
 
-def questions(animals: list[Animal], rng: random.Random) -> Iterator[Row]:
+def questions(animals: list[Row], rng: random.Random) -> Iterator[Row]:
     """Every fact three times: twice without input, and once with a list or a passage to answer from."""
     for animal in animals:
         for fact, phrasings in QUESTIONS.items():
@@ -223,7 +193,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
     """A Llama of about a million weights that knows nothing yet.
 
     Wide embeddings and residual branches that start silent keep the names legible in every layer: the facts are learned
-    in a third of the steps that the usual initialisation needs.
+    in far fewer steps than from the usual initialisation.
     """
     ids = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
     config = LlamaConfig(
@@ -259,14 +229,15 @@ def make(out: Path, seed: int = 0) -> None:
     pretrain = list(pages(animals, rng))
     train, test = list(questions(known, rng)), list(questions(held_out, rng))
     rng.shuffle(train)
+    rng.shuffle(test)
 
     out.mkdir(parents=True, exist_ok=True)
     write_jsonl(out / "pretrain.jsonl", pretrain)
     write_jsonl(out / "instructions_train.jsonl", train)
     write_jsonl(out / "instructions_test.jsonl", test)
 
-    prompts = [(PROMPT_WITH_INPUT if row["input"] else PROMPT).format(**row) for row in train]
-    tokenizer = build_tokenizer([row["text"] for row in pretrain] + prompts)
+    prompts = (alpaca_prompt(row["instruction"], row["input"]) + row["output"] for row in train)
+    tokenizer = build_tokenizer([*(row["text"] for row in pretrain), *prompts])
     tokenizer.save_pretrained(out / "model")
     build_model(tokenizer, seed).save_pretrained(out / "model")
 

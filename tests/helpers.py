@@ -134,7 +134,7 @@ def finetune(output_dir: Path, *more: str, **options: Any) -> Run:
         "save_strategy": "no",
         "report_to": "none",
     }
-    with mock.patch("to_finetune.finetune.TOSFTTrainer", Recorded):
+    with mock.patch("to_finetune.training.prepare.TOSFTTrainer", Recorded):
         code = main([*flags(output_dir=output_dir, **{**defaults, **options}), *more])
     return Run(code, output_dir, made[0] if made else None)
 

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from to_finetune.data import alpaca_prompt, check_labels, load_data, preview
 from to_finetune.data.preview import IGNORED
 from to_finetune.errors import UsageError
-from to_finetune.finetune import prepare_data, prepare_model, prepare_trainer
 from to_finetune.training.arguments import parse_arguments
+from to_finetune.training.prepare import prepare_data, prepare_model, prepare_trainer
 
 from .helpers import ALPACA_ROWS, flags, write_jsonl
 
@@ -50,7 +50,7 @@ def prepare(llama: Path, tmp_path: Path) -> Prepare:
     def prepare(data: Path, **options: Any) -> Any:
         settings = {"model_name_or_path": llama, "dataset_name": data, "output_dir": tmp_path / "out", "use_cpu": True}
         model_args, data_args, args = parse_arguments(flags(**{**settings, **options}))
-        tokenizer, model, _ = prepare_model(model_args, args)
+        model, tokenizer, _ = prepare_model(model_args, args)
         return prepare_trainer(model, tokenizer, args, *prepare_data(data_args, args, tokenizer))
 
     return prepare

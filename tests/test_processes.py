@@ -8,11 +8,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from to_finetune.errors import UsageError
+from to_finetune.training.arguments import parse_arguments, resolved_config
 from to_finetune.training.launch import check_processes, processes_asked_for
 
 from .helpers import Run, flags
@@ -70,6 +72,15 @@ def test_two_processes_give_the_losses_and_weights_of_one(
         assert two.losses == pytest.approx(one.losses, rel=1e-5)
         for name, weights in one.weights.items():
             torch.testing.assert_close(two.weights[name], weights, rtol=1e-4, atol=1e-5)
+
+
+def test_writing_the_config_leaves_the_processes_alone(llama: Path, alpaca: Path, tmp_path: Path) -> None:
+    """Arguments for another device, as the defaults are, would set the devices up anew and part the processes."""
+    options = flags(model_name_or_path=llama, dataset_name=alpaca, output_dir=tmp_path, use_cpu=True)
+    arguments = parse_arguments(options)
+    with mock.patch("accelerate.state.AcceleratorState._reset_state") as set_up_anew:
+        assert resolved_config(*arguments)["model_name_or_path"] == str(llama)
+    set_up_anew.assert_not_called()
 
 
 def test_accelerate_on_the_cpu_is_refused_for_several_processes(llama: Path, alpaca: Path, tmp_path: Path) -> None:

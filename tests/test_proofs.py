@@ -119,8 +119,11 @@ def test_a_frozen_weight_that_changes_is_found_out(model: PreTrainedModel, tmp_p
 
 @pytest.mark.parametrize("max_steps", [1, 2, 4])
 def test_a_run_that_moves_nothing_is_found_out(model: PreTrainedModel, tmp_path: Path, max_steps: int) -> None:
+    """After two steps at the latest."""
+    run = trainer(model, tmp_path, learning_rate=0.0, max_steps=max_steps)
     with pytest.raises(RunError, match="No trained weight moved"):
-        trainer(model, tmp_path, learning_rate=0.0, max_steps=max_steps).train()
+        run.train()
+    assert run.state.global_step == min(max_steps, 2)
 
 
 def test_a_run_without_a_step_is_found_out(model: PreTrainedModel, tmp_path: Path) -> None:

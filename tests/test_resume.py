@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,6 +21,14 @@ from .helpers import Run, assert_same_bits
 
 Finetune = Callable[..., Run]
 STEPS = 8  # of 4 rows, from 24: the data come round after step 6
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_interrupts() -> Iterator[None]:
+    """Also where the tests run in the background of a shell, which makes them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupted(finetune: Finetune, folder: Path, *signals: signal.Signals, **options: Any) -> Run:

@@ -7,7 +7,9 @@ import struct
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -106,6 +108,17 @@ def test_leaves_a_picture_and_the_curves(run: Run) -> None:
     events = list(run.folder.rglob("events.out.tfevents.*"))
     assert events
     assert b"train/estimate_error" in b"".join(file.read_bytes() for file in events)
+
+
+def test_the_picture_shows_the_logged_losses(finetune: Callable[..., Run], tmp_path: Path) -> None:
+    with mock.patch("to_finetune.report.plot.plt.close"):  # so that the figure can be looked at
+        run = finetune(tmp_path / "run", val_set_size=4)
+    figure = plt.gcf()
+    training, held_out = figure.axes[0].lines
+    plt.close(figure)
+    assert training.get_xydata().tolist() == [[step, loss] for step, loss in enumerate(run.losses, start=1)]
+    assert held_out.get_xydata().tolist() == [[4, run.record["results"]["eval_loss"]]]
+    assert (training.get_label(), figure.axes[0].get_xlabel()) == ("diagonal_to", "step")
 
 
 def test_nothing_half_written_stays(run: Run) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import datasets
-import torch
+import transformers
 import yaml
 from rich.console import Console
 from rich.syntax import Syntax
@@ -16,13 +16,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
-from trl.data_utils import is_conversational
 
-from to_finetune.data import check_labels, load_data, preview
-from to_finetune.data.alpaca import CHAT_TEMPLATE
+from to_finetune.data import check_labels, preview
 from to_finetune.errors import RunError, UsageError
-from to_finetune.model import load_model, select_trainable
-from to_finetune.model.subset import Subset
 from to_finetune.report.plot import plot_losses
 from to_finetune.training.arguments import (
     DataArguments,
@@ -33,6 +29,7 @@ from to_finetune.training.arguments import (
 )
 from to_finetune.training.callbacks import SaveOnSignal, StopOnNonFinite, TerminalLines, TerminalProgress
 from to_finetune.training.launch import check_processes
+from to_finetune.training.prepare import prepare_data, prepare_model, prepare_trainer
 from to_finetune.training.proofs import check_saved
 from to_finetune.training.record import RunRecord, resume_point, summarise
 from to_finetune.training.trainer import TOSFTTrainer
@@ -56,6 +53,9 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
         RunError: when the run does not do what was asked, or diverges.
     """
     console = Console(quiet=not args.should_log)
+    datasets.disable_progress_bars()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     check_processes(args.world_size)
     resume = resume_point(args.resume_from_checkpoint, args.output_dir)
     record = RunRecord(args.output_dir, resolved_config(model_args, data_args, args))
@@ -64,7 +64,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     console.rule(f"to_finetune  {args.optim}  {args.world_size} process(es) on {args.device.type}", align="left")
     console.print(Syntax(yaml.safe_dump(record.config, sort_keys=False), "yaml", background_color="default"))
 
-    tokenizer, model, subset = prepare_model(model_args, args)
+    model, tokenizer, subset = prepare_model(model_args, args)
     console.print(subset.table())
     train_dataset, eval_dataset = prepare_data(data_args, args, tokenizer)
     trainer = prepare_trainer(model, tokenizer, args, train_dataset, eval_dataset)
@@ -95,69 +95,6 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
         plot_losses({args.optim: trainer.state.log_history}, record.folder / "loss.png", title=str(record.folder))
     console.print(summary(results, record))
     return 0
-
-
-def prepare_model(model_args: ModelArguments, args: FinetuneArguments) -> tuple[Any, Any, Subset]:
-    """The tokenizer, the base model with all but the subset frozen, and the subset."""
-    mixed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
-    model, tokenizer = load_model(
-        model_args.model_name_or_path,
-        model_args.model_revision,
-        getattr(torch, model_args.dtype or mixed or "float32"),
-        model_args.attn_implementation,
-        args.trust_remote_code,
-    )
-    subset = select_trainable(model, model_args.unfrozen_parameters)
-    if mixed:
-        # Small updates of 16-bit weights round to nothing; autocast casts the float32 ones for each use.
-        for p in model.parameters():
-            if p.requires_grad:
-                p.data = p.data.float()
-    return tokenizer, model, subset
-
-
-def prepare_data(data_args: DataArguments, args: FinetuneArguments, tokenizer: Any) -> tuple[Any, Any]:
-    """The training and held-out rows; for chat messages also the template and the masking that they need."""
-    datasets.disable_progress_bars()
-    train, held_out = load_data(
-        data_args.dataset_name,
-        data_args.dataset_config,
-        data_args.dataset_train_split,
-        data_args.eval_dataset_name,
-        data_args.dataset_test_split,
-        data_args.val_set_size,
-    )
-    if len(train) > 20_000:
-        datasets.enable_progress_bars()  # tokenizing takes long enough to want them
-    if tokenizer.chat_template is None and is_conversational(train[0]):
-        tokenizer.chat_template = CHAT_TEMPLATE
-    if args.assistant_only_loss is None:
-        args.assistant_only_loss = "messages" in train.column_names
-    if held_out is None and args.eval_strategy != "no":
-        raise UsageError(f"eval_strategy={args.eval_strategy.value!r} needs --eval_dataset_name or --val_set_size.")
-    return train, held_out
-
-
-def prepare_trainer(
-    model: Any, tokenizer: Any, args: FinetuneArguments, train_dataset: Any, eval_dataset: Any
-) -> TOSFTTrainer:
-    """The trainer, which tokenizes the data.
-
-    Raises:
-        UsageError: for what TRL and Hugging Face refuse in the settings and the data.
-    """
-    try:
-        return TOSFTTrainer(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-        )
-    except (ValueError, ImportError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "assistant_only_loss" not in str(error):
-            raise
-        raise UsageError(str(error)) from error
 
 
 def finish(trainer: TOSFTTrainer, args: FinetuneArguments) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+"""The rates of the quick start: each optimizer at four learning rates on its task, one JSON of results.
+
+    python scripts/benchmarks/quickstart_rates.py runs/quickstart
+
+The folder is one that scripts/quickstart.py has left. Writes quickstart_rates.json beside this file.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from machine import machine
+
+from to_finetune import finetune
+from to_finetune.training.record import write_whole
+
+HERE = Path(__file__).parent
+RECIPE = HERE.parent.parent / "configs" / "recipes" / "quickstart.yaml"
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+
+
+def main(folder: Path) -> None:
+    runs = []
+    for optim in ("adamw_torch", "diagonal_to", "rank_one_to"):
+        for rate in RATES:
+            with tempfile.TemporaryDirectory() as output_dir:
+                flags = (
+                    f"--config {RECIPE} --model_name_or_path {folder}/base --optim {optim} --learning_rate {rate} "
+                    f"--dataset_name {folder}/instructions_train.jsonl --output_dir {output_dir} "
+                    f"--eval_dataset_name {folder}/instructions_test.jsonl --report_to none"
+                )
+                if finetune.main(flags.split()):
+                    raise SystemExit(1)
+                results = json.loads((Path(output_dir) / "run.json").read_text())["results"]
+            runs.append({"optim": optim, "learning_rate": rate, "eval_loss": round(results["eval_loss"], 5)})
+    write_whole(HERE / "quickstart_rates.json", json.dumps({"machine": machine(), "runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
