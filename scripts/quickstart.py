@@ -27,12 +27,7 @@ from to_finetune.model import load_finetuned
 from to_finetune.report.plot import plot_losses
 
 RECIPES = environment.ROOT / "configs" / "recipes"
-# Each at its best of four rates on this task: scripts/benchmarks/quickstart_rates.json.
-OPTIMIZERS = {
-    "Diagonal TO": "--optim diagonal_to --learning_rate 4e-3",
-    "RankOne TO": "--optim rank_one_to --learning_rate 2e-3",
-    "AdamW": "--optim adamw_torch --learning_rate 2e-3",
-}
+OPTIMIZERS = {"Diagonal TO": "diagonal_to", "RankOne TO": "rank_one_to", "AdamW": "adamw_torch"}
 SHOWN = 4  # generations
 
 
@@ -47,22 +42,26 @@ def main() -> None:
         folder / "base",
     )
     data = f"--dataset_name {folder}/instructions_train.jsonl --eval_dataset_name {folder}/instructions_test.jsonl"
-    for label, flags in OPTIMIZERS.items():
-        run("quickstart.yaml", f"--model_name_or_path {folder}/base {data} {flags}", folder / slug(label))
+    for optim in OPTIMIZERS.values():
+        run("quickstart.yaml", f"--model_name_or_path {folder}/base {data} --optim {optim}", folder / optim)
 
     rows = [json.loads(line) for line in (folder / "instructions_test.jsonl").read_text().splitlines()]
     base = AutoModelForCausalLM.from_pretrained(folder / "base"), AutoTokenizer.from_pretrained(folder / "base")
     answers = {"before": generate(*base, rows)}
-    for label in OPTIMIZERS:
-        answers[label] = generate(*load_finetuned(folder / slug(label)), rows)
+    for label, optim in OPTIMIZERS.items():
+        answers[label] = generate(*load_finetuned(folder / optim), rows)
 
-    histories = {label: read(folder / slug(label) / "trainer_state.json")["log_history"] for label in OPTIMIZERS}
+    histories = {
+        label: read(folder / optim / "trainer_state.json")["log_history"] for label, optim in OPTIMIZERS.items()
+    }
     plot_losses(histories, folder / "comparison.png", "Fine-tuning the last two layers: training and held-out loss")
     console.rule("The same model, the same data, three optimizers", align="left")
     console.print(comparison(folder, answers, rows))
     console.print(generations(answers, rows))
     where = folder.relative_to(environment.ROOT)
-    console.print(f"\n{where}/comparison.png is the picture; {where}/<optimizer>/ has the weights, run.json, loss.png.")
+    console.print(
+        f"\n{where}/comparison.png is the picture;\n{where}/<optimizer>/ has the weights, run.json and loss.png."
+    )
     console.print(f"{time.perf_counter() - started:.0f} s in all.")
 
 
@@ -81,10 +80,6 @@ def run(recipe: str, flags: str, output_dir: Path) -> None:
     code = finetune.main(arguments)
     if code:
         sys.exit(code)
-
-
-def slug(label: str) -> str:
-    return label.lower().replace(" ", "_")
 
 
 def read(path: Path) -> dict:
@@ -124,12 +119,11 @@ def comparison(folder: Path, answers: dict[str, list[str]], rows: list[dict[str,
         label: sum(a.strip() == row["output"] for a, row in zip(given, rows, strict=True))
         for label, given in answers.items()
     }
-    table.add_row("(before)", "", "", "", "", f"{right['before']} of {len(rows)}", "", style="dim")
-    for label in OPTIMIZERS:
-        result = read(folder / slug(label) / "run.json")["results"]
+    table.add_row("(before)", "", "", "", f"{right['before']} of {len(rows)}", "", style="dim")
+    for label, optim in OPTIMIZERS.items():
+        result = read(folder / optim / "run.json")["results"]
         losses = [f"{result[key]:.3f}" for key in ("eval_loss", "train_loss_mean", "train_loss_first_fifth")]
-        rate = OPTIMIZERS[label].split()[-1]
-        table.add_row(label, rate, *losses, f"{right[label]} of {len(rows)}", f"{result['train_seconds']:.0f}")
+        table.add_row(label, *losses, f"{right[label]} of {len(rows)}", f"{result['train_seconds']:.0f}")
     return table
 
 
