@@ -4,8 +4,11 @@ Makes a small Llama and pretrains it on the spot, then fine-tunes its last two l
 RankOne TO and AdamW, and compares. Every training is the toolkit's own finetune.py with a recipe of configs/recipes.
 """
 
+import os
+
 import environment
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy machine two threads wait for each other at every small tensor
 environment.enter("hf")
 
 import json
@@ -36,14 +39,13 @@ def main() -> None:
     console = Console()
     folder = new_folder()
     tiny_llama.make(folder)
-    run(
-        "quickstart-pretrain.yaml",
-        f"--model_name_or_path {folder}/model --dataset_name {folder}/pretrain.jsonl",
-        folder / "base",
-    )
-    data = f"--dataset_name {folder}/instructions_train.jsonl --eval_dataset_name {folder}/instructions_test.jsonl"
+    run("quickstart-pretrain.yaml", folder / "base", folder / "model", dataset_name=folder / "pretrain.jsonl")
+    data = {
+        "dataset_name": folder / "instructions_train.jsonl",
+        "eval_dataset_name": folder / "instructions_test.jsonl",
+    }
     for optim in OPTIMIZERS.values():
-        run("quickstart.yaml", f"--model_name_or_path {folder}/base {data} --optim {optim}", folder / optim)
+        run("quickstart.yaml", folder / optim, folder / "base", optim=optim, **data)
 
     rows = [json.loads(line) for line in (folder / "instructions_test.jsonl").read_text().splitlines()]
     base = AutoModelForCausalLM.from_pretrained(folder / "base"), AutoTokenizer.from_pretrained(folder / "base")
@@ -73,9 +75,10 @@ def new_folder() -> Path:
     return folder
 
 
-def run(recipe: str, flags: str, output_dir: Path) -> None:
+def run(recipe: str, output_dir: Path, model: Path, **flags: object) -> None:
     """`finetune.py` with a recipe, in this process: it saves the seconds that the libraries take to import."""
-    arguments = ["--config", str(RECIPES / recipe), *shlex.split(flags), "--output_dir", str(output_dir)]
+    flags = {"config": RECIPES / recipe, "model_name_or_path": model, **flags, "output_dir": output_dir}
+    arguments = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     print(f"\n$ accelerate launch scripts/finetune.py {shlex.join(arguments)}", flush=True)
     code = finetune.main(arguments)
     if code:
