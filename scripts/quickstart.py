@@ -109,7 +109,6 @@ def comparison(folder: Path, answers: dict[str, list[str]], rows: list[dict[str,
     table = Table(header_style="bold")
     columns = (
         "optimizer",
-        "rate",
         "held-out\nloss",
         "training\nloss, mean",
         "first\nfifth",
