@@ -17,6 +17,7 @@ import sys
 import time
 from itertools import count
 from pathlib import Path
+from textwrap import shorten
 
 import tiny_llama
 import torch
@@ -136,7 +137,12 @@ def generations(answers: dict[str, list[str]], rows: list[dict[str, str]]) -> Ta
         table.add_column(column, style="dim" if column == "before" else "")
     for i in range(0, len(rows), len(rows) // SHOWN + 1):
         question = " ".join(filter(None, (rows[i]["instruction"], rows[i]["input"])))
-        table.add_row(question, rows[i]["output"], answers["before"][i].strip(), answers["Diagonal TO"][i].strip())
+        table.add_row(
+            question,
+            rows[i]["output"],
+            shorten(answers["before"][i], 60, placeholder=" …"),
+            answers["Diagonal TO"][i].strip(),
+        )
     return table
 
 
