@@ -140,6 +140,9 @@ class FinetuneArguments(TrainableOptimizerArguments, SFTConfig):
         default=None, metadata={"help": "For chat messages: loss on the assistant's turns only. Default: on."}
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide a non-finite loss. Default: off."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Look for trained weights without a gradient. Default: off, there are none."}
+    )
     report_to: None | str | list[str] = field(  # noqa: RUF036 (HF's parser needs this order)
         default="tensorboard", metadata={"help": "tensorboard, wandb, ..., or none."}
     )

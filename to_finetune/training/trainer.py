@@ -93,6 +93,11 @@ class TrainableOptimizerMixin(_Base):
         else:
             super()._load_best_model()
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Hugging Face's card, where the folder is a whole model: it shows how to load it as one."""
+        if not self.is_partly_frozen():
+            super().create_model_card(*args, **kwargs)
+
 
 class TOTrainer(TrainableOptimizerMixin, Trainer):
     """`transformers.Trainer` with the Trainable Optimizers."""
