@@ -18,6 +18,9 @@ class FullTO(TrainableOptimizer):
     matrix by itself. State of a block, at its first tensor: ``corrections`` and ``weights`` (rows, n; the first
     ``pairs`` rows are in use), later ``A`` (n, n). State of each tensor: ``b`` of its shape, and a 0-dim ``step``.
 
+    The shapes of this state change with the steps. `state_dict` and `load_state_dict` do not mind; torch's distributed
+    checkpoint, which wants the saved shapes in place before it loads, cannot restore it from files.
+
     With ``scope="group"`` every weight of the group must have a gradient in every step.
     """
 

@@ -106,17 +106,17 @@ class TOTrainer(TrainableOptimizerMixin, Trainer):
 class TOSFTTrainer(TrainableOptimizerMixin, SFTTrainer):
     """`trl.SFTTrainer` with the Trainable Optimizers, and with its speed in the log."""
 
-    _last_log: tuple[float, float] | None = None
+    _last_log: tuple[float, float] = (0.0, 0.0)  # when, and the tokens until then
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the tokens a second since the last log, over all processes."""
+        """Add the tokens a second since the last log, over all processes; the time of an evaluation does not count."""
         if "loss" in logs:
-            now, tokens = time.perf_counter(), self._total_train_tokens
-            before, tokens_before = self._last_log or (self._train_start, 0)
-            logs["tokens_per_second"] = (tokens - tokens_before) / (now - before)
-            self._last_log = (now, tokens)
+            before, tokens_before = self._last_log
+            tokens = self._total_train_tokens - tokens_before
+            logs["tokens_per_second"] = tokens / (time.perf_counter() - before)
+        self._last_log = (time.perf_counter(), self._total_train_tokens)
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._train_start = time.perf_counter()
+        self._last_log = (time.perf_counter(), self._total_train_tokens)
         return super().train(*args, **kwargs)
