@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl import SFTTrainer
 
+from to_finetune.data.preview import IGNORED
 from to_finetune.model.trained import TRAINED_WEIGHTS_NAME, load_trained, save_trained
 from to_finetune.optim import TrainableOptimizer
 from to_finetune.training.arguments import TrainableOptimizerArguments
@@ -104,7 +105,10 @@ class TOTrainer(TrainableOptimizerMixin, Trainer):
 
 
 class TOSFTTrainer(TrainableOptimizerMixin, SFTTrainer):
-    """`trl.SFTTrainer` with the Trainable Optimizers, and with its speed in the log."""
+    """`trl.SFTTrainer` with the Trainable Optimizers, its speed in the log, and a held-out loss over tokens.
+
+    Hugging Face averages the batches' mean losses, which depends on the batch size and on the number of processes.
+    """
 
     _last_log: tuple[float, float] = (0.0, 0.0)  # when, and the tokens until then
 
@@ -116,6 +120,40 @@ class TOSFTTrainer(TrainableOptimizerMixin, SFTTrainer):
             logs["tokens_per_second"] = tokens / (time.perf_counter() - before)
         self._last_log = (time.perf_counter(), self._total_train_tokens)
         super().log(logs, start_time)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """Replace the loss by the mean over all held-out tokens of all processes."""
+        self._held_out = torch.zeros(2, dtype=torch.float64)  # the sum of the losses, and the tokens
+        output: Any = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        total, tokens = self.accelerator.reduce(self._held_out.to(self.args.device, torch.float32)).tolist()
+        if tokens:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / tokens
+        return output
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """In an evaluation, also add to the sums of `evaluation_loop`."""
+        if self.model.training:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        labels = inputs["labels"]
+        state = self.accelerator.gradient_state
+        if state.end_of_dataloader and state.remainder > 0 and not self.padding_free:
+            # accelerate fills the last batch up with rows that were there before
+            mine = state.remainder - self.accelerator.process_index * len(labels)
+            labels[max(0, mine) :] = IGNORED
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = (result[0] if isinstance(result, tuple) else result).detach().cpu()
+        tokens = (labels[:, 1:] != IGNORED).sum().cpu()
+        self._held_out += torch.stack([loss * tokens, tokens])
+        return result
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._last_log = (time.perf_counter(), self._total_train_tokens)
