@@ -55,6 +55,9 @@ def test_two_processes_give_the_losses_and_weights_of_one(
     options = {
         "model_name_or_path": llama,
         "dataset_name": alpaca,
+        "eval_dataset_name": alpaca,
+        "dataset_test_split": "train[:5]",  # which do not divide evenly
+        "per_device_eval_batch_size": 2,
         "unfrozen_parameters": [r"layers\.3\."],
         "max_steps": 8,
         "per_device_train_batch_size": 2,
@@ -70,6 +73,7 @@ def test_two_processes_give_the_losses_and_weights_of_one(
         two = Run(0, tmp_path / "two" / optim, None)
         assert two.record["results"]["processes"] == 2
         assert two.losses == pytest.approx(one.losses, rel=1e-5)
+        assert two.record["results"]["eval_loss"] == pytest.approx(one.record["results"]["eval_loss"], rel=1e-5)
         for name, weights in one.weights.items():
             torch.testing.assert_close(two.weights[name], weights, rtol=1e-4, atol=1e-5)
 

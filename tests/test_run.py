@@ -29,7 +29,7 @@ SETTINGS = {
     "lr_scheduler_type": "cosine",
     "seed": 7,
     "val_set_size": 6,
-    "per_device_eval_batch_size": 6,
+    "per_device_eval_batch_size": 4,  # two batches of different size: the loss is over tokens, not over batches
     "save_strategy": "steps",
     "save_steps": 2,
     "report_to": "tensorboard",
