@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SMALLEST_DIVISOR = 1e-30  # keeps every quotient finite in float32; squares below it count as zero
 Scalar = float | Tensor  # a Python number, or a 0-dim tensor (one value a member under vmap)
 
 
@@ -220,5 +221,5 @@ def _guarded(alpha: Scalar, beta: Scalar, gamma_max: float | None, q: Tensor) ->
 
 
 def _positive(x: Tensor) -> Tensor:
-    """x >= 0 as a divisor. The floor keeps every quotient finite in float32; squares below it count as zero."""
-    return x.clamp(min=1e-30)
+    """x >= 0 as a divisor."""
+    return x.clamp(min=SMALLEST_DIVISOR)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from to_finetune.optim.kernels.inplace import Squares
+from to_finetune.optim.rules import SMALLEST_DIVISOR
 
 
 def diagonal_(
@@ -33,7 +34,7 @@ def diagonal_(
     if gamma_max is None:
         gain = torch._foreach_mul(w, alphas)
     else:
-        torch._foreach_clamp_min_(q, 1e-30)
+        torch._foreach_clamp_min_(q, SMALLEST_DIVISOR)
         torch._foreach_reciprocal_(q)
         torch._foreach_mul_(q, max(gamma_max - beta, 0.0))
         torch._foreach_minimum_(q, alphas)
@@ -56,4 +57,4 @@ def _alphas(
 ) -> list[float] | list[Tensor]:
     if not relative_alpha:
         return [alpha] * len(squares)
-    return [alpha / (q.mean() if mean_square is None else mean_square).clamp(min=1e-30) for q in squares]
+    return [alpha / (q.mean() if mean_square is None else mean_square).clamp(min=SMALLEST_DIVISOR) for q in squares]
