@@ -11,6 +11,8 @@ full gradient from the mini-batch gradients ``g``. One step takes a gradient ste
 
 The functions return new tensors, never write to their arguments, branch on no tensor's value, and so run in any
 floating dtype and under ``torch.vmap``: one leading dimension of members, each with its own lr, alpha, beta.
+Elementwise operations are in the order that is written here on every path; sums over a block are taken in float64 and
+rounded once, which makes them the same for any order of summation. So a faster path can be equal to the bit.
 
 ``b - beta r`` is written ``(1 - beta) b + beta (g - A w)``, which is the same number and makes a TO
 without slope (alpha = 0) equal to momentum bit for bit.
@@ -26,6 +28,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 SMALLEST_DIVISOR = 1e-30  # keeps every quotient finite in float32; squares below it count as zero
 Scalar = float | Tensor  # a Python number, or a 0-dim tensor (one value a member under vmap)
@@ -44,6 +47,15 @@ class RankOneStep(NamedTuple):
     v: Tensor
     b: Tensor
     G: Tensor
+
+
+class RankOneScalars(NamedTuple):
+    """What an element of a RankOne step needs to know of its block."""
+
+    s: Tensor  # v.w
+    s_new: Tensor  # v.w with the new v
+    u_gain: Tensor  # alpha s
+    v_gain: Tensor  # alpha c, c = u.r
 
 
 class FullStep(NamedTuple):
@@ -86,11 +98,9 @@ def diagonal(
         relative_alpha: (ours) alpha is in units of ``1 / mean(w^2)``.
         mean_square: 0-dim mean of w^2 over the whole block, where w is a piece of it; None takes it from w.
     """
-    q = w * w
     if relative_alpha:
-        mean_square = q.mean() if mean_square is None else mean_square
-        alpha = alpha / _positive(mean_square)
-    alpha = _guarded(alpha, beta, gamma_max, q)
+        alpha = relative(alpha, mean_of_squares(w) if mean_square is None else mean_square)
+    alpha = guarded(alpha, guard_room(gamma_max, beta), w * w)
     target = g - a * w
     r = b - target
     a = a - alpha * w * r
@@ -124,25 +134,33 @@ def rank_one(
         sums: the scalar products over the whole block, where the tensors are a piece of it; None takes
             them from the tensors themselves.
     """
-    s, ww, uu, ub, ug, n = rank_one_sums(w, g, u, v, b) if sums is None else sums
-    c = s * uu + ub - ug  # u.r
-    q = s * s + uu * ww
-    if relative_alpha:
-        alpha = alpha / _positive(torch.maximum(q, ww / n))
-    alpha = _guarded(alpha, beta, gamma_max, q)
+    if sums is None:
+        sums = rank_one_sums(w, g, u, v, b)
+    s, s_new, u_gain, v_gain = rank_one_scalars(sums, alpha, guard_room(gamma_max, beta), relative_alpha)
     target = g - s * u
     r = b - target
-    s_new = s - alpha * c * ww  # v.w with the new v
-    u, v = u - alpha * s * r, v - alpha * c * w
+    u, v = u - u_gain * r, v - v_gain * w
     b = (1 - beta) * b + beta * target
     G = s_new * u + b
     return RankOneStep(w - lr * G, u, v, b, G)
 
 
+def rank_one_scalars(sums: RankOneSums, alpha: Scalar, room: Scalar | None, relative_alpha: bool) -> RankOneScalars:
+    """The part of a RankOne step that is one number a block; the arguments may be vectors, one element a block."""
+    s, ww, uu, ub, ug, n = sums
+    c = s * uu + ub - ug  # u.r
+    q = s * s + uu * ww
+    if relative_alpha:
+        alpha = relative(alpha, torch.maximum(q, ww / n))
+    alpha = guarded(alpha, room, q)
+    return RankOneScalars(s, s - alpha * c * ww, alpha * s, alpha * c)
+
+
 def rank_one_sums(w: Tensor, g: Tensor, u: Tensor, v: Tensor, b: Tensor) -> RankOneSums:
     """The scalar products of a RankOne step over the given tensors, 0-dim each."""
     n = torch.full((), w.numel(), dtype=w.dtype, device=w.device)
-    return RankOneSums((v * w).sum(), (w * w).sum(), (u * u).sum(), (u * b).sum(), (u * g).sum(), n)
+    sums = (dot(v, w), sum_of_squares(w), sum_of_squares(u), dot(u, b), dot(u, g), n)
+    return RankOneSums(*(x.to(w.dtype) for x in sums))
 
 
 def full(
@@ -169,10 +187,10 @@ def full(
         gamma_max: the guard's bound on ``alpha ||w||^2 + beta``; None switches it off.
         relative_alpha: (ours) alpha is in units of ``1 / ||w||^2``.
     """
-    q = (w * w).sum()
+    q = sum_of_squares(w).to(w.dtype)
     if relative_alpha:
-        alpha = alpha / _positive(q)
-    alpha = _guarded(alpha, beta, gamma_max, q)
+        alpha = relative(alpha, q)
+    alpha = guarded(alpha, guard_room(gamma_max, beta), q)
     target = g - slope_times_w
     r = b - target
     correction = alpha * r
@@ -203,23 +221,66 @@ def rms_normalized(g: Tensor) -> tuple[Tensor, Tensor]:
     """(ours) ``g`` divided by its own root mean square, and the share of one element in it.
 
     Returns the normalised gradient, zeros for a gradient of zeros, and ``max|g| / ||g||``, 0-dim: 1 when one huge
-    element has silenced all the others, ``1/sqrt(n)`` when all are alike. Dividing by the largest element first
-    keeps the squares of any finite gradient finite.
+    element has silenced all the others, ``1/sqrt(n)`` when all are alike.
     """
-    scaled = g / _positive(g.abs().amax())
-    norm = _positive(torch.linalg.vector_norm(scaled))
-    return scaled * (g.numel() ** 0.5 / norm), scaled.abs().amax() / norm
+    norm = sum_of_squares(g).sqrt()
+    return g * rms_factor(norm, g.numel()).to(g.dtype), _divide(largest(g), norm).to(g.dtype)
 
 
-def _guarded(alpha: Scalar, beta: Scalar, gamma_max: float | None, q: Tensor) -> Scalar:
-    """alpha, lowered where ``alpha q + beta`` would pass gamma_max."""
+def rms_factor(norm: Tensor, n: float | Tensor) -> Tensor:
+    """One over the root mean square of n elements with this norm, in the norm's dtype."""
+    return _divide(n**0.5, norm)
+
+
+def relative(alpha: Scalar, unit: Tensor) -> Tensor:
+    """(ours) alpha in units of one over `unit`, which is at least 0."""
+    return _divide(alpha, unit)
+
+
+def guard_room(gamma_max: float | None, beta: Scalar) -> Scalar | None:
+    """What the guard leaves for ``alpha q``; None where there is no guard."""
     if gamma_max is None:
-        return alpha
+        return None
     room = gamma_max - beta
-    room = room.clamp(min=0.0) if isinstance(room, Tensor) else max(room, 0.0)
-    return (room / _positive(q)).clamp(max=alpha)
+    return room.clamp(min=0.0) if isinstance(room, Tensor) else max(room, 0.0)
 
 
-def _positive(x: Tensor) -> Tensor:
-    """x >= 0 as a divisor."""
-    return x.clamp(min=SMALLEST_DIVISOR)
+def largest(x: Tensor) -> Tensor:
+    """``max|x|``, 0-dim; a process's part of a sharded x may be empty, which torch's own maximum refuses."""
+    if not isinstance(x, DTensor):
+        return x.abs().amax()
+    local = x.to_local()
+    part = local.abs().amax() if local.numel() else local.new_zeros(())
+    placements = [Partial("max") if place.is_shard() else place for place in x.placements]
+    return DTensor.from_local(part, x.device_mesh, placements).redistribute(placements=[Replicate()] * len(placements))
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """``||x||^2``, 0-dim float64."""
+    return torch.linalg.vector_norm(x, dtype=_accumulator(x)).square()
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """``x.y``, 0-dim float64."""
+    wide = _accumulator(x)
+    return (x.to(wide) * y.to(wide)).sum()
+
+
+def mean_of_squares(x: Tensor) -> Tensor:
+    """The mean of x^2, 0-dim, in x's dtype."""
+    return (sum_of_squares(x) / x.numel()).to(x.dtype)
+
+
+def guarded(alpha: Scalar, room: Scalar | None, q: Tensor) -> Scalar:
+    """alpha, lowered where ``alpha q`` would pass the room."""
+    return alpha if room is None else _divide(room, q).clamp(max=alpha)
+
+
+def _divide(x: Scalar, y: Tensor) -> Tensor:
+    """x over y >= 0, rounded once (torch multiplies a number by the reciprocal), and finite."""
+    over = x if isinstance(x, Tensor) else torch.full((), x, dtype=y.dtype, device=y.device)
+    return over / y.clamp(min=SMALLEST_DIVISOR)
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64

@@ -12,12 +12,12 @@ SCHEDULES = ("constant", "exponential", "theorem")
 
 class Rates(NamedTuple):
     lr: float | Tensor
-    alpha: float
-    beta: float
+    alpha: float | Tensor
+    beta: float | Tensor
 
 
-def rates_at(step: int, group: Mapping[str, Any]) -> Rates:
-    """The rates of the step that follows `step` taken ones, so 0 for the first.
+def rates_at(step: int | Tensor, group: Mapping[str, Any]) -> Rates:
+    """The rates of the step that follows `step` taken ones, so 0 for the first; tensors where `step` is one.
 
     - ``constant``: the group's own.
     - ``exponential``: lr times ``lr_decay**step``, alpha and beta times ``alpha_decay**step``.
@@ -34,3 +34,8 @@ def rates_at(step: int, group: Mapping[str, Any]) -> Rates:
         return Rates(lr * group["lr_decay"] ** step, alpha * decay, beta * decay)
     t = step + group["t0"]
     return Rates(lr / t, alpha / t**2, beta / t)
+
+
+def decoupled_decay(group: Mapping[str, Any], rates: Rates) -> float | Tensor:
+    """The factor of w that a step takes away beside the step itself: lr times the decoupled weight decay."""
+    return rates.lr * group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
