@@ -1,0 +1,182 @@
+"""What the fused kernels work on: the tensors of a step as rows of arrays.
+
+The kernels read everything from three arrays with a row a tensor: `table` (addresses, sizes, keys; int64), `scalars`
+(float32) and the sums that they return (float64). The constants below are their columns.
+"""
+
+from __future__ import annotations
+
+import operator
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from itertools import chain
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from to_finetune.optim.state import exponents_name
+
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+VARIANTS = {"diagonal": 0, "rank_one": 1}
+STATES = 3  # columns of the table for state, more than Diagonal needs
+NUMEL, KEY, COLUMNS = 8, 10, 11
+LR, DECAY, WEIGHT_DECAY, FACTOR, BETA, KEEP, OWN, SCALARS = 0, 1, 2, 3, 4, 5, 6, 10
+GG, PEAK, UG, WW, VW, UU, UB, ERROR = range(8)
+
+
+class Member(NamedTuple):
+    """A parameter, its index among all parameters of the optimizer, its gradient and its state."""
+
+    position: int
+    p: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+
+
+@dataclass
+class Batch:
+    """Tensors of one group, one device and one set of formats, stepped by one launch.
+
+    Attributes:
+        formats: numbers of the variant and of the formats of weights, gradients and state, as the kernels know them.
+        pointers: the addresses of the weights.
+        aligned: whether all addresses are multiples of 16.
+        table: (tensors, 11) int64 on the kernels' device; its KEY is at first the parameter's index in the optimizer.
+        held: the sums over weights and state that the last step left and that still hold, (tensors, 8) float64.
+        sums: what the first pass found, (tensors, 8) float64; None where there is none, or none by itself.
+    """
+
+    kernels: ModuleType
+    group: Mapping[str, Any]
+    formats: tuple[int, int, int, int]
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[dict[str, Tensor]]
+    pointers: list[int]
+    aligned: bool
+    table: Tensor
+    held: Tensor | None = None
+    sums: Tensor | None = None
+
+    @property
+    def is_rank_one(self) -> bool:
+        return self.formats[0] == VARIANTS["rank_one"]
+
+    @property
+    def needs_weight_sums(self) -> bool:
+        return self.is_rank_one or self.group["relative_alpha"]
+
+    @property
+    def needs_gradient_sums(self) -> bool:
+        return self.is_rank_one or self.group["grad_scale"] is not None or self.group["skip_nonfinite"]
+
+    @property
+    def measures_itself(self) -> bool:
+        """Whether the first pass is part of the second: on the CPU, where no sum concerns more than one tensor."""
+        return hasattr(self.kernels, "measure_and_update") and not (
+            self.group["skip_nonfinite"] or (self.group["scope"] == "group" and self.needs_weight_sums)
+        )
+
+    def numels(self) -> Tensor:
+        return self.table[:, NUMEL].double()
+
+    def constants(self) -> Tensor:
+        """(tensors, 10) float32: of the scalars those that `reduce` needs."""
+        return rows([0.0, 0.0, *signed_decay_and_sign(self.group), *[0.0] * (SCALARS - 4)], self)
+
+
+class Carried:
+    """The sums over a batch's weights and state as its last step left them, and how to know that they still hold.
+
+    A change of the weights behind autograd's back (through ``.data``) is not seen; it is in the sums one step later.
+    """
+
+    def __init__(self, batch: Batch, sums: Tensor) -> None:
+        self.sums = sums
+        self._params, self._pointers = batch.params, batch.pointers
+        self._versions = [p._version for p in batch.params]
+
+    def holds_for(self, batch: Batch) -> bool:
+        return (
+            len(self._params) == len(batch.params)
+            and all(map(operator.is_, self._params, batch.params))
+            and self._pointers == batch.pointers
+            and self._versions == [p._version for p in batch.params]
+        )
+
+
+def make_batch(
+    kernels: ModuleType, variant: str, group: Mapping[str, Any], members: Sequence[Member], names: Sequence[str]
+) -> Batch:
+    ps, states = [member.p for member in members], [member.state for member in members]
+    grads = [member.grad.contiguous() for member in members]
+    pointers = [p.data_ptr() for p in ps]
+    state_dtype = states[0][names[0]].dtype
+    unused = [0] * len(ps)
+    exponents = [exponents_name(name) for name in names] if state_dtype == torch.int8 else []
+    addresses = [
+        pointers,
+        [g.data_ptr() for g in grads],
+        *([state[name].data_ptr() for state in states] for name in names),
+        *[unused] * (STATES - len(names)),
+        *([state[name].data_ptr() for state in states] for name in exponents),
+        *[unused] * (STATES - len(exponents)),
+    ]
+    columns = [*addresses, [p.numel() for p in ps], unused, [member.position for member in members]]
+    table = torch.frombuffer(array("q", chain.from_iterable(zip(*columns, strict=True))), dtype=torch.int64)
+    aligned = reduce(operator.or_, chain.from_iterable(addresses[: 2 + len(names)])) % 16 == 0
+    device = ps[0].device
+    return Batch(
+        kernels=kernels,
+        group=group,
+        formats=(VARIANTS[variant], FORMATS[ps[0].dtype], FORMATS[grads[0].dtype], FORMATS[state_dtype]),
+        params=ps,
+        grads=grads,
+        states=states,
+        pointers=pointers,
+        aligned=aligned,
+        table=to_device(table.view(-1, COLUMNS), device),
+    )
+
+
+def signed_decay_and_sign(group: Mapping[str, Any]) -> tuple[float, float]:
+    """The rule sees the gradient ``(g + decay w) sign``."""
+    sign = -1.0 if group["maximize"] else 1.0
+    return (0.0 if group["decoupled_weight_decay"] else sign * group["weight_decay"]), sign
+
+
+def rows(row: Sequence[float], batch: Batch) -> Tensor:
+    """The same scalars for all tensors."""
+    return to_device(torch.tensor(row).expand(len(batch.params), SCALARS).contiguous(), batch.table.device)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A small array that was made on the host, on the kernels' device, without waiting for it."""
+    if device.type == "cpu":
+        return x
+    pinned = x.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _READ_BY_GRAPHS.append(pinned)
+    return pinned.to(device, non_blocking=True)
+
+
+_READ_BY_GRAPHS: list[Tensor] = []  # a CUDA graph copies them again at each replay, and may live as long as the process
+
+
+def as_vector(states: Sequence[dict[str, Tensor]], name: str) -> Tensor:
+    """The 0-dim state of this name as one vector: the one that they are the elements of, if they are, or a new one."""
+    numbers = [state[name] for state in states]
+    base = numbers[0]._base
+    whole = base is not None and base.shape == (len(numbers),)
+    if whole and all(x._base is base and x.storage_offset() == i for i, x in enumerate(numbers)):
+        return base  # type: ignore[return-value]
+    return torch.stack(numbers)
+
+
+def may_read(group: Mapping[str, Any], count: Tensor) -> bool:
+    """Whether a count of steps may be read on the host without waiting for a device or breaking a graph."""
+    return count.device.type == "cpu" and not group["capturable"]

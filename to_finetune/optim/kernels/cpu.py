@@ -1,0 +1,131 @@
+"""The fused path on CPUs: compiles `cpu.cpp` on first use (a few seconds), keeps it for the user's later runs."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from to_finetune.optim.kernels.batch import Batch
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+# No contraction of a * b + c into one rounding: the results are those of the rules, to the bit.
+FLAGS = (
+    *("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"),
+    *("-shared", "-fPIC", "-pthread", "-w"),
+)
+
+
+class CompilerError(RuntimeError):
+    """There is no C++ compiler, or it does not take the source."""
+
+
+def reduce(batch: Batch, weights: bool) -> Tensor:
+    """The sums over gradients and, with `weights`, over weights and state: (tensors, 8) float64."""
+    return _call("reduce", batch, batch.constants(), weights)
+
+
+def update(batch: Batch, scalars: Tensor, weights: bool, skip: Tensor | None) -> Tensor:
+    """One step in place, unless `skip`; returns sums as `reduce` does, with `weights` those of the new ones."""
+    if skip is not None and skip:
+        return torch.zeros(len(batch.params), 8, dtype=torch.float64)
+    return _call("update", batch, scalars, weights)
+
+
+def measure_and_update(batch: Batch, scalars: Tensor, weights: bool, held: Tensor | None) -> Tensor:
+    """Both passes of a batch whose blocks are its tensors, so that small ones are read from memory once."""
+    flags = int(batch.group["grad_scale"] is not None), int(batch.group["relative_alpha"])
+    return _call("measure_and_update", batch, scalars, weights, _address(held), *flags)
+
+
+def _call(function: str, batch: Batch, scalars: Tensor, weights: bool, *more: Any) -> Tensor:
+    n = len(batch.params)
+    sums = torch.empty(n, 8, dtype=torch.float64)
+    arrays = (_address(x) for x in (batch.table, scalars, sums))
+    library()[function](*batch.formats, ctypes.c_int64(n), *arrays, int(weights), torch.get_num_threads(), *more)
+    return sums
+
+
+def _address(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels.
+
+    Raises:
+        CompilerError: where they cannot be compiled.
+    """
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
+        raise CompilerError("no C++ compiler was found")
+    kernels = ctypes.CDLL(str(_compiled(compiler)))
+    kernels.use_openmp(_openmp())
+    return kernels
+
+
+def _openmp() -> ctypes.c_void_p | None:
+    """The function by which GCC's programs enter the OpenMP library that torch has loaded; None where there is none."""
+    try:
+        mapped = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    for path in sorted(
+        set(re.findall(r"/\S*lib(?:gomp|iomp5|omp)\S*\.so\S*", mapped)), key=lambda path: "torch" not in path
+    ):
+        library = ctypes.CDLL(path)
+        if hasattr(library, "GOMP_parallel"):
+            return ctypes.cast(library.GOMP_parallel, ctypes.c_void_p)
+    return None
+
+
+def _compiled(compiler: str) -> Path:
+    """The shared library: from the user's cache, or compiled into it, or where it is not writable into a new folder."""
+    about = [SOURCE.read_text(encoding="utf-8"), compiler, *FLAGS, _processor()]
+    name = f"cpu-{hashlib.sha256(chr(0).join(about).encode()).hexdigest()[:16]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "to_finetune"
+    if (folder / name).is_file():
+        return folder / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False)  # noqa: SIM115
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="to_finetune-"))
+        beside = tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False)  # noqa: SIM115
+    beside.close()
+    errors = ""
+    for native in (["-march=native"], []):
+        command = [*compiler.split(), *FLAGS, *native, str(SOURCE), "-o", beside.name]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        except OSError as error:
+            errors = str(error)
+            continue
+        if done.returncode == 0:
+            os.replace(beside.name, folder / name)  # other processes see the whole file or none
+            return folder / name
+        errors = done.stderr
+    os.unlink(beside.name)
+    raise CompilerError(f"{compiler} failed: {errors.strip() or 'no message'}")
+
+
+def _processor() -> str:
+    """What -march=native depends on, for caches that several machines share."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.platform() + platform.processor()
+    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

@@ -1,0 +1,426 @@
+"""The fused path on GPUs, in Triton: one launch a pass for all tensors of a batch, whatever their number and sizes.
+
+The twin of `rules.py` and of `cpu.cpp`, and equal to them bit for bit where a GPU's float32 is: products and sums are
+not contracted, division and square root round correctly, sums are taken in float64 and in a fixed order. Runs on CPU
+tensors in Triton's interpreter, which is how it is tested without a GPU.
+
+A program takes a chunk of one tensor, in tiles of ROWS rows of 32 weights: the blocks of int8 state. Tensors are found
+by address, in a table made for each step, since gradients move. There is no autotuning: it would run a step that
+writes in place several times.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from to_finetune.optim.kernels.batch import Batch
+
+ROWS = tl.constexpr(64)
+BLOCK = tl.constexpr(32)
+TILE = tl.constexpr(64 * 32)
+TILES = 8  # in a chunk
+CHUNK = 64 * 32 * TILES
+COMBINED = 256  # chunks' sums that are added up at a time
+WARPS = 8
+SMALLEST_DIVISOR = tl.constexpr(1e-30)
+
+FLOAT32, BFLOAT16, INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+GG, PEAK, UG, WW, VW, UU, UB, ERROR, SUMS = (tl.constexpr(k) for k in range(9))
+COLUMNS, SCALARS, NUMEL, FIRST, KEY = (
+    tl.constexpr(11),
+    tl.constexpr(10),
+    tl.constexpr(8),
+    tl.constexpr(9),
+    tl.constexpr(10),
+)
+
+
+def reduce(batch: Batch, weights: bool) -> Tensor:
+    """The sums over gradients and, with `weights`, over weights and state: (tensors, 8) float64."""
+    return _launch(_reduce, batch, batch.constants(), weights, None)
+
+
+def update(batch: Batch, scalars: Tensor, weights: bool, skip: Tensor | None) -> Tensor:
+    """One step in place, unless `skip`; returns sums as `reduce` does, with `weights` those of the new ones."""
+    return _launch(_update, batch, scalars, weights, skip)
+
+
+def _launch(kernel: Any, batch: Batch, scalars: Tensor, weights: bool, skip: Tensor | None) -> Tensor:
+    device = batch.table.device
+    variant, weight, gradient, state = batch.formats
+    chunks, begin = _chunks(tuple(p.numel() for p in batch.params), device)
+    # Zeros, for the sums that a program does not take.
+    partial = torch.zeros(len(chunks), 8, dtype=torch.float64, device=device)
+    sums = torch.empty(len(batch.params), 8, dtype=torch.float64, device=device)
+    with torch.cuda.device_of(batch.table):  # Triton launches on the current device
+        kernel[(len(chunks),)](
+            batch.table,
+            scalars,
+            chunks,
+            partial,
+            skip if skip is not None else chunks,
+            HAS_SKIP=skip is not None,
+            RANK_ONE=bool(variant),
+            WEIGHT=weight,
+            GRADIENT=gradient,
+            STATE=state,
+            WEIGHTS_TOO=weights,
+            ALIGNED=batch.aligned,
+            TILES=TILES,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
+        _combine[(len(batch.params),)](partial, begin, sums, COMBINED=COMBINED, num_warps=WARPS)
+    return sums
+
+
+@lru_cache(maxsize=64)
+def _chunks(numels: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(tensor, chunk in it) of each program, int32, and the number of each tensor's first program, int64."""
+    counts = torch.tensor([-(-n // CHUNK) for n in numels])
+    begin = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    which = torch.repeat_interleave(torch.arange(len(numels)), counts)
+    chunks = torch.stack([which, torch.arange(len(which)) - begin[which]], dim=1).int()
+    return chunks.to(device), begin.to(device)
+
+
+# ---- Storage, as in ../state.py --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _mix(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _random16(bits, STREAM: tl.constexpr):
+    if STREAM == 1:
+        return bits & 0xFFFF
+    if STREAM == 2:
+        bits = bits * 0x9E3779B1
+    if STREAM == 3:
+        bits = bits * 0x85EBCA77
+    return bits >> 16
+
+
+@triton.jit
+def _address(table, row, column, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
+    address = tl.load(table + row * COLUMNS + column)
+    if FORMAT == FLOAT32:
+        pointer = address.to(tl.pointer_type(tl.float32))
+    elif FORMAT == BFLOAT16:
+        pointer = address.to(tl.pointer_type(tl.bfloat16))
+    else:
+        pointer = address.to(tl.pointer_type(tl.int8))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)  # lets a thread load 16 bytes at a time
+    return pointer
+
+
+@triton.jit
+def _exponents(table, row, which):
+    address = tl.load(table + row * COLUMNS + 5 + which)
+    return address.to(tl.pointer_type(tl.uint8))
+
+
+@triton.jit
+def _load(pointer, offsets, n, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(pointer + offsets, mask=offsets < n, other=0).to(tl.float32)
+    return tl.load(pointer + offsets).to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, offsets, n, x, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(pointer + offsets, x, mask=offsets < n)
+    else:
+        tl.store(pointer + offsets, x)
+
+
+@triton.jit
+def _power(exponents):
+    return (exponents << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_state(pointer, exponents, offsets, blocks, n, FORMAT: tl.constexpr, MASKED: tl.constexpr):
+    x = _load(pointer, offsets, n, MASKED)
+    if FORMAT == INT8:
+        e = tl.load(exponents + blocks, mask=blocks * BLOCK < n, other=0).to(tl.int32)
+        x = x * tl.abs(x) * _power(e)[:, None]
+    return x
+
+
+@triton.jit
+def _rounded(x, random):
+    """float32 rounded to bfloat16's numbers."""
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = tl.where(x != x, bits, bits + random)
+    return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _store_values(pointer, offsets, n, x, random, FORMAT: tl.constexpr, MASKED: tl.constexpr):
+    """Store weights or state that is not int8; returns what is stored."""
+    if FORMAT == BFLOAT16:
+        x = _rounded(x, random)
+        _store(pointer, offsets, n, x.to(tl.bfloat16), MASKED)
+    else:
+        _store(pointer, offsets, n, x, MASKED)
+    return x
+
+
+@triton.jit
+def _store_state(pointer, exponents, offsets, blocks, n, x, random, FORMAT: tl.constexpr, MASKED: tl.constexpr):
+    if FORMAT != INT8:
+        return _store_values(pointer, offsets, n, x, random, FORMAT, MASKED)
+    if MASKED:
+        x = tl.where(offsets < n, x, 0.0)
+    bits = x.to(tl.int32, bitcast=True)
+    peak = tl.max(bits & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
+    e = (tl.div_rn(peak, tl.full(peak.shape, 16129.0, tl.float32)).to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23
+    e = tl.where(peak <= 3.4e38, e, 255)
+    inverse = tl.where(e < 254, _power(254 - tl.minimum(e, 254)), 0.0)
+    finite = (e < 255)[:, None]
+    y = tl.where(finite, tl.abs(x), 0.0) * inverse[:, None]
+    low = tl.floor(tl.sqrt_rn(y))
+    u = random.to(tl.int32).to(tl.float32) * 0.0000152587890625 + 0.00000762939453125  # 2^-16, 2^-17
+    code = low + tl.where(u * (2.0 * low + 1.0) < y - low * low, 1.0, 0.0)
+    code = tl.where(bits < 0, -code, code)
+    _store(pointer, offsets, n, code.to(tl.int8), MASKED)
+    tl.store(exponents + blocks, e.to(tl.uint8), mask=blocks * BLOCK < n)
+    return code * tl.abs(code) * _power(e)[:, None]
+
+
+# ---- The rules -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _diagonal(w, g, a, b, s):
+    lr, decay, beta, keep = tl.load(s), tl.load(s + 1), tl.load(s + 4), tl.load(s + 5)
+    alpha, room = tl.load(s + 6), tl.load(s + 7)
+    q = tl.maximum(w * w, SMALLEST_DIVISOR)
+    guarded = tl.minimum(tl.div_rn(tl.zeros_like(q) + room, q), alpha)
+    target = g - a * w
+    r = b - target
+    a = a - guarded * w * r
+    b = keep * b + beta * target
+    G = a * w + b
+    return (w - lr * G) - decay * w, a, b, G
+
+
+@triton.jit
+def _rank_one(w, g, u, v, b, scalars):
+    lr, decay, beta, keep = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 4), tl.load(scalars + 5)
+    s, s_new, u_gain, v_gain = (
+        tl.load(scalars + 6),
+        tl.load(scalars + 7),
+        tl.load(scalars + 8),
+        tl.load(scalars + 9),
+    )
+    target = g - s * u
+    r = b - target
+    u = u - u_gain * r
+    v = v - v_gain * w
+    b = keep * b + beta * target
+    G = s_new * u + b
+    return (w - lr * G) - decay * w, u, v, b, G
+
+
+# ---- The two passes --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _place(table, chunks, TILES: tl.constexpr):
+    """This program's row in the table, its first weight there, and the number of weights of the tensor."""
+    pid = tl.program_id(0)
+    row = tl.load(chunks + 2 * pid).to(tl.int64)
+    begin = tl.load(chunks + 2 * pid + 1).to(tl.int64) * (TILE * TILES)
+    return row, begin, tl.load(table + row * COLUMNS + NUMEL)
+
+
+@triton.jit
+def _store_weight_sums(out, ww, vw, uu, ub):
+    tl.store(out + WW, tl.sum(ww))
+    tl.store(out + VW, tl.sum(vw))
+    tl.store(out + UU, tl.sum(uu))
+    tl.store(out + UB, tl.sum(ub))
+
+
+@triton.jit
+def _add(total, x):
+    """Add up the rows of a tile in float64."""
+    return total + tl.sum(x.to(tl.float64), axis=1)
+
+
+@triton.jit
+def _update_tile(
+    table, s, row, start, n, key, totals,
+    RANK_ONE: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr,
+    WEIGHTS_TOO: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    gg, ww, vw, uu, ub, error = totals
+    rows = tl.arange(0, ROWS)
+    offsets = start + (rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
+    blocks = start // BLOCK + rows
+    wp = _address(table, row, 0, WEIGHT, ALIGNED)
+    gp = _address(table, row, 1, GRADIENT, ALIGNED)
+    p0, e0 = _address(table, row, 2, STATE, ALIGNED), _exponents(table, row, 0)
+    p1, e1 = _address(table, row, 3, STATE, ALIGNED), _exponents(table, row, 1)
+    w = _load(wp, offsets, n, MASKED)
+    g = (_load(gp, offsets, n, MASKED) + tl.load(s + 2) * w) * tl.load(s + 3)
+    x0 = _load_state(p0, e0, offsets, blocks, n, STATE, MASKED)
+    x1 = _load_state(p1, e1, offsets, blocks, n, STATE, MASKED)
+    bits = _mix(offsets.to(tl.uint32) + key)
+    if RANK_ONE:
+        p2, e2 = _address(table, row, 4, STATE, ALIGNED), _exponents(table, row, 2)
+        x2 = _load_state(p2, e2, offsets, blocks, n, STATE, MASKED)
+        w, x0, x1, x2, G = _rank_one(w, g, x0, x1, x2, s)
+        x2 = _store_state(p2, e2, offsets, blocks, n, x2, _random16(bits, 3), STATE, MASKED)
+    else:
+        w, x0, x1, G = _diagonal(w, g, x0, x1, s)
+    w = _store_values(wp, offsets, n, w, _random16(bits, 0), WEIGHT, MASKED)
+    x0 = _store_state(p0, e0, offsets, blocks, n, x0, _random16(bits, 1), STATE, MASKED)
+    x1 = _store_state(p1, e1, offsets, blocks, n, x1, _random16(bits, 2), STATE, MASKED)
+    difference = G - g
+    if MASKED:
+        inside = offsets < n
+        difference, g = tl.where(inside, difference, 0.0), tl.where(inside, g, 0.0)
+        w, x0, x1 = tl.where(inside, w, 0.0), tl.where(inside, x0, 0.0), tl.where(inside, x1, 0.0)
+    error = _add(error, difference * difference)
+    gg = _add(gg, g * g)
+    if WEIGHTS_TOO:
+        ww = _add(ww, w.to(tl.float64) * w.to(tl.float64))
+        if RANK_ONE:
+            vw = _add(vw, x1.to(tl.float64) * w.to(tl.float64))
+            uu = _add(uu, x0.to(tl.float64) * x0.to(tl.float64))
+            ub = _add(ub, x0.to(tl.float64) * x2.to(tl.float64))
+    return gg, ww, vw, uu, ub, error
+
+
+@triton.jit
+def _reduce_tile(
+    table, s, row, start, n, totals,
+    RANK_ONE: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr,
+    WEIGHTS_TOO: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    gg, peak, ug, ww, vw, uu, ub = totals
+    rows = tl.arange(0, ROWS)
+    offsets = start + (rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
+    blocks = start // BLOCK + rows
+    wp = _address(table, row, 0, WEIGHT, ALIGNED)
+    g = _load(_address(table, row, 1, GRADIENT, ALIGNED), offsets, n, MASKED)
+    decay = tl.load(s + 2)
+    if decay != 0:
+        g = g + decay * _load(wp, offsets, n, MASKED)
+    magnitude = tl.max(g.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    peak = tl.maximum(peak, magnitude)
+    gg = _add(gg, g.to(tl.float64) * g.to(tl.float64))
+    if RANK_ONE:
+        u = _load_state(
+            _address(table, row, 2, STATE, ALIGNED), _exponents(table, row, 0), offsets, blocks, n, STATE, MASKED
+        )
+        ug = _add(ug, u.to(tl.float64) * g.to(tl.float64) * tl.load(s + 3).to(tl.float64))
+    if WEIGHTS_TOO:
+        w = _load(wp, offsets, n, MASKED)
+        ww = _add(ww, w.to(tl.float64) * w.to(tl.float64))
+        if RANK_ONE:
+            v = _load_state(
+                _address(table, row, 3, STATE, ALIGNED), _exponents(table, row, 1),
+                offsets, blocks, n, STATE, MASKED,
+            )  # fmt: skip
+            b = _load_state(
+                _address(table, row, 4, STATE, ALIGNED), _exponents(table, row, 2),
+                offsets, blocks, n, STATE, MASKED,
+            )  # fmt: skip
+            vw = _add(vw, v.to(tl.float64) * w.to(tl.float64))
+            uu = _add(uu, u.to(tl.float64) * u.to(tl.float64))
+            ub = _add(ub, u.to(tl.float64) * b.to(tl.float64))
+    return gg, peak, ug, ww, vw, uu, ub
+
+
+@triton.jit
+def _update(
+    table, scalars, chunks, partial, skip,
+    HAS_SKIP: tl.constexpr, RANK_ONE: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr,
+    WEIGHTS_TOO: tl.constexpr, ALIGNED: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    if HAS_SKIP and tl.load(skip) != 0:
+        return
+    row, begin, n = _place(table, chunks, TILES)
+    key = (tl.load(table + row * COLUMNS + KEY) + tl.load(table + row * COLUMNS + FIRST)).to(tl.uint32)
+    s = scalars + row * SCALARS
+    zero = tl.zeros((ROWS,), tl.float64)
+    gg, ww, vw, uu, ub, error = zero, zero, zero, zero, zero, zero
+    for tile in range(TILES):
+        start = begin + tile * TILE
+        if start + TILE <= n:
+            gg, ww, vw, uu, ub, error = _update_tile(
+                table, s, row, start, n, key, (gg, ww, vw, uu, ub, error),
+                RANK_ONE, WEIGHT, GRADIENT, STATE, WEIGHTS_TOO, ALIGNED, False,
+            )  # fmt: skip
+        elif start < n:
+            gg, ww, vw, uu, ub, error = _update_tile(
+                table, s, row, start, n, key, (gg, ww, vw, uu, ub, error),
+                RANK_ONE, WEIGHT, GRADIENT, STATE, WEIGHTS_TOO, ALIGNED, True,
+            )  # fmt: skip
+    out = partial + tl.program_id(0).to(tl.int64) * SUMS
+    tl.store(out + GG, tl.sum(gg))
+    tl.store(out + ERROR, tl.sum(error))
+    if WEIGHTS_TOO:
+        _store_weight_sums(out, ww, vw, uu, ub)
+
+
+@triton.jit
+def _reduce(
+    table, scalars, chunks, partial, skip,
+    HAS_SKIP: tl.constexpr, RANK_ONE: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr,
+    WEIGHTS_TOO: tl.constexpr, ALIGNED: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    row, begin, n = _place(table, chunks, TILES)
+    s = scalars + row * SCALARS
+    zero = tl.zeros((ROWS,), tl.float64)
+    gg, peak, ug, ww, vw, uu, ub = zero, tl.zeros((ROWS,), tl.int32), zero, zero, zero, zero, zero
+    for tile in range(TILES):
+        start = begin + tile * TILE
+        if start + TILE <= n:
+            gg, peak, ug, ww, vw, uu, ub = _reduce_tile(
+                table, s, row, start, n, (gg, peak, ug, ww, vw, uu, ub),
+                RANK_ONE, WEIGHT, GRADIENT, STATE, WEIGHTS_TOO, ALIGNED, False,
+            )  # fmt: skip
+        elif start < n:
+            gg, peak, ug, ww, vw, uu, ub = _reduce_tile(
+                table, s, row, start, n, (gg, peak, ug, ww, vw, uu, ub),
+                RANK_ONE, WEIGHT, GRADIENT, STATE, WEIGHTS_TOO, ALIGNED, True,
+            )  # fmt: skip
+    out = partial + tl.program_id(0).to(tl.int64) * SUMS
+    tl.store(out + GG, tl.sum(gg))
+    tl.store(out + PEAK, tl.max(peak, axis=0).to(tl.float32, bitcast=True).to(tl.float64))
+    tl.store(out + UG, tl.sum(ug))
+    if WEIGHTS_TOO:
+        _store_weight_sums(out, ww, vw, uu, ub)
+
+
+@triton.jit
+def _combine(partial, begin, sums, COMBINED: tl.constexpr):
+    """Add up the sums of each tensor's chunks, in order."""
+    row = tl.program_id(0)
+    first, last = tl.load(begin + row), tl.load(begin + row + 1)
+    column = tl.arange(0, SUMS)
+    total, peak = tl.zeros((SUMS,), tl.float64), tl.zeros((SUMS,), tl.float64)
+    for i in range(first, last, COMBINED):
+        chunk = i + tl.arange(0, COMBINED)
+        found = tl.load(partial + chunk[:, None] * SUMS + column[None, :], mask=(chunk < last)[:, None], other=0.0)
+        total += tl.sum(found, axis=0)
+        peak = tl.maximum(peak, tl.max(found, axis=0))
+    tl.store(sums + row * SUMS + column, tl.where(column == PEAK, peak, total))
