@@ -55,11 +55,11 @@ def test_equals_the_textbook(variant: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.3, "relative_alpha": True}, {"max_norm": 1.0}])
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
 def test_low_precision_weights_round_once(
     variant: str, dtype: torch.dtype, rounding: float, options: dict[str, Any]
 ) -> None:
-    """A step from float32 or bfloat16 weights: computed in float32, each weight rounded as it is stored."""
+    """A step from float32 or bfloat16 weights: computed in float32, each rounded, up or down, as it is stored."""
     params = make_weights([(30, 40), (50,)], dtype)
     optimizer = OPTIMIZERS[variant](params, lr=0.5, beta=0.3, **options)
     book = Textbook(variant, params, lr=0.5, beta=0.3, **options)

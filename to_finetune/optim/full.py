@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from to_finetune.optim import rules
-from to_finetune.optim.optimizer import Group, TrainableOptimizer, compute_dtype, decoupled_decay
-from to_finetune.optim.schedules import Rates
+from to_finetune.optim.kernels.batch import Member
+from to_finetune.optim.kernels.inplace import store_
+from to_finetune.optim.optimizer import Group, TrainableOptimizer, compute_dtype
+from to_finetune.optim.schedules import decoupled_decay
 
 
 class FullTO(TrainableOptimizer):
@@ -25,30 +27,34 @@ class FullTO(TrainableOptimizer):
     """
 
     state_names = ("b",)
+    state_dtypes = (torch.float32, torch.bfloat16)
 
-    def _update(self, group: Group, params: list[Tensor], rates: list[Rates]) -> None:
-        blocks = [[p] for p in params]
+    def _update(self, group: Group, members: list[Member]) -> None:
+        if self._skip is not None and self._skip:
+            return
+        blocks = [[member] for member in members]
         if group["scope"] == "group":
-            blocks = [params]
-            if len(params) != sum(p.numel() > 0 for p in group["params"]):
+            blocks = [members]
+            if len(members) != sum(p.numel() > 0 for p in group["params"]):
                 raise RuntimeError(
                     'FullTO with scope="group" needs a gradient for every weight of the group; freeze or leave out '
                     'those without one, or use scope="tensor".'
                 )
-        rate_of = dict(zip(params, rates, strict=True))
         for block in blocks:
-            self._update_block(group, block, rate_of[block[0]])
+            self._update_block(group, block)
 
-    def _update_block(self, group: Group, block: list[Tensor], rates: Rates) -> None:
+    def _update_block(self, group: Group, members: list[Member]) -> None:
+        block = [member.p for member in members]
         first = block[0]
         flat_dtype, device = compute_dtype(first), first.device
+        rates = self._rates(group, members[0], flat_dtype)
 
         def flat(tensors: list[Tensor]) -> Tensor:
             return torch.cat([t.reshape(-1).to(device, flat_dtype) for t in tensors])
 
-        offsets = [self.state[p]["b"] for p in block]
-        w, g, b = flat(block), flat([self._gradient(group, p) for p in block]), flat(offsets)
-        slope = self.state[first]
+        offsets = [member.state["b"] for member in members]
+        w, g, b = flat(block), flat([self._gradient(group, member) for member in members]), flat(offsets)
+        slope = members[0].state
         new_w, b, G, correction = rules.full(
             w,
             g,
@@ -61,10 +67,18 @@ class FullTO(TrainableOptimizer):
         if rates.alpha > 0:
             _learn(slope, correction, w, group["state_dtype"] or flat_dtype)
         new_w = new_w - decoupled_decay(group, rates) * w
-        for targets, values in ((block, new_w), (offsets, b)):
-            for target, part in zip(targets, values.split([p.numel() for p in block]), strict=True):
-                target.copy_(part.view(target.shape))
-        self._squares.append(((G - g).square().sum(), g.square().sum()))
+        sizes = [p.numel() for p in block]
+        for member, w_part, b_part in zip(members, new_w.split(sizes), b.split(sizes), strict=True):
+            p = member.p
+            store_(
+                p,
+                w_part.view(p.shape),
+                member.state,
+                self.state_names,
+                [b_part.view(p.shape)],
+                self._key(group, member),
+            )
+        self._squares[first] = (rules.sum_of_squares(G - g), rules.sum_of_squares(g))
 
 
 def _slope_times(slope: dict[str, Tensor], w: Tensor) -> Tensor:

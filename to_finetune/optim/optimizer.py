@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from to_finetune.optim.kernels.inplace import Rule, apply_, compiled_apply_
-from to_finetune.optim.rules import rms_normalized
-from to_finetune.optim.schedules import SCHEDULES, Rates, rates_at
+from to_finetune.optim.checks import check_hyperparameters
+from to_finetune.optim.kernels import fused as fused_path
+from to_finetune.optim.kernels.batch import ERROR, GG, PEAK, Batch, Carried, Member, as_vector, may_read
+from to_finetune.optim.kernels.inplace import Rule, apply_
+from to_finetune.optim.rules import SMALLEST_DIVISOR, rms_normalized, sum_of_squares
+from to_finetune.optim.schedules import Rates, decoupled_decay, rates_at
+from to_finetune.optim.state import new_state, random_bits, state_key, write_
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Group = dict[str, Any]
-NUMBERS = ("lr", "alpha", "beta", "alpha_decay", "lr_decay", "t0", "gamma_max", "max_norm", "weight_decay")
+COUNTERS = ("step", "pairs", "skipped")
 
 
 class TrainableOptimizer(Optimizer, ABC):
     """Base class of `DiagonalTO`, `RankOneTO` and `FullTO`, which differ in the form of the slope alone.
 
     A variant names its state in `state_names` (tensors of the weight's shape that start at zero), the fast paths
-    that it has in `fast_paths`, and says in `_update` how a group's weights move. State is created in `step()`
-    and never changes its dtype on loading.
+    that it has in `fast_paths`, and says in `_update` how a group's weights move on the plain path. State is created
+    in `step()` and never changes its dtype on loading.
     """
 
     state_names: tuple[str, ...]
+    state_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.int8)
     fast_paths: tuple[str, ...] = ()
+    variant: str  # its name in the fused kernels
 
     def __init__(
         self,
@@ -51,10 +56,13 @@ class TrainableOptimizer(Optimizer, ABC):
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | str | None = None,
         *,
         lr_decay: float = 1.0,
         scope: Literal["tensor", "group"] = "tensor",
+        seed: int = 0,
+        skip_nonfinite: bool = False,
+        capturable: bool = False,
     ) -> None:
         """The defaults are the paper's algorithm with the stability guard on; what is ours is marked (ours).
 
@@ -80,17 +88,26 @@ class TrainableOptimizer(Optimizer, ABC):
             grad_scale: (ours) "rms" divides each tensor's gradient by its own root mean square first, so that
                 lr, alpha and beta mean the same for every tensor and model.
             maximize: ascend instead of descend.
-            foreach: update all tensors together with torch's multi-tensor operations. None: on CUDA, where the
-                variant has that path. DiagonalTO only: the other two are sums over blocks, which torch has no
+            foreach: update all tensors together with torch's multi-tensor operations. None: on CUDA where the fused
+                kernels are missing. DiagonalTO only: the other two are sums over blocks, which torch has no
                 multi-tensor operation for.
-            fused: compile the update into one pass a tensor with torch.compile (on the CPU it needs a C++
-                compiler). None: off. DiagonalTO and RankOneTO.
-            state_dtype: None for float32 (float64 for float64 weights), torch.float32 or torch.bfloat16.
+            fused: our kernels, which read and write each number once: C++ on the CPU, compiled on first use (needs
+                a C++ compiler), Triton on CUDA. None: wherever they are to be had. DiagonalTO and RankOneTO, for
+                contiguous weights of float32 and bfloat16; others take the plain path, with the same results.
+            state_dtype: None for float32 (float64 for float64 weights), torch.float32, torch.bfloat16, torch.int8 (of
+                DiagonalTO and RankOneTO; blocks of 32, 1.03 bytes a number), or their names. bfloat16 and int8 state,
+                and bfloat16 weights, are rounded at random: see `to_finetune.optim.state`.
             lr_decay: factor a step of lr under ``schedule="exponential"``. Added to the rates of the paper's
                 scheme so that it is whole in a plain loop, without an LR scheduler.
             scope: the block that shares one slope: "tensor", or "group" for all weights of a parameter group as
                 one vector, the paper's mathematics. For DiagonalTO, whose slope is elementwise, it only says what
                 `relative_alpha` takes the mean over.
+            seed: of the random rounding; the same in all replicas.
+            skip_nonfinite: (ours) a step in which any gradient is infinite or NaN changes nothing and is not counted
+                (`skipped_steps` counts it), without a GradScaler and without waiting for the device. Takes one more
+                pass over the gradients, which `grad_scale` and RankOneTO take anyhow. FullTO waits for the device.
+            capturable: keep counts and rates on the device, so that a CUDA graph can hold the step. lr must then be a
+                tensor on the device for a captured step to follow its changes. Not of FullTO, whose memory grows.
 
         Raises:
             ValueError: for a hyper-parameter out of its range, a fast path that the variant does not have, and
@@ -116,22 +133,37 @@ class TrainableOptimizer(Optimizer, ABC):
             "state_dtype": state_dtype,
             "lr_decay": lr_decay,
             "scope": scope,
+            "seed": seed,
+            "skip_nonfinite": skip_nonfinite,
+            "capturable": capturable,
         }
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:  # of a version that had fewer options
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
         self._forget_last_step()
 
     def _forget_last_step(self) -> None:
-        self._squares: list[tuple[Tensor, Tensor]] = []  # (|G - g|^2, |g|^2) of each block of the last step
-        self._peaks: list[Tensor] = []
+        self._carried: dict[Tensor, Carried] = {}
+        self._skip: Tensor | None = None  # whether the last step was skipped, where that is asked for
+        self._forget_diagnostics()
+
+    def _forget_diagnostics(self) -> None:
+        self._squares: dict[Tensor, tuple[Tensor, Tensor]] = {}  # |G - g|^2 and |g|^2, by a block's first tensor
+        self._peaks: dict[Tensor, tuple[Tensor, Tensor]] = {}  # max|g| and |g|^2
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_hyperparameters(group)
+            if isinstance(group["state_dtype"], str):
+                group["state_dtype"] = getattr(torch, group["state_dtype"], group["state_dtype"])
+            check_hyperparameters(group, self.state_dtypes)
+            if group["capturable"] and not self.fast_paths:
+                raise ValueError(f"capturable=True is not valid: the memory of {type(self).__name__} grows.")
             for path in ("foreach", "fused"):
                 if group[path] and path not in self.fast_paths:
                     raise ValueError(f"{path}=True is not valid: {type(self).__name__} has no such path.")
@@ -145,15 +177,16 @@ class TrainableOptimizer(Optimizer, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a saved state, keeping each tensor's saved dtype (torch would cast it to the weight's).
 
-        Counts of steps stay on the CPU, so that reading one never waits for a device.
+        Counts stay on the CPU, so that reading one never waits for a device, unless the device itself counts.
         """
         super().load_state_dict(state_dict)
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for saved_id, p in zip(saved_ids, params, strict=True):
+        params = ((group, p) for group in self.param_groups for p in group["params"])
+        for saved_id, (group, p) in zip(saved_ids, params, strict=True):
             for name, value in state_dict["state"].get(saved_id, {}).items():
                 if isinstance(value, Tensor):
-                    self.state[p][name] = value.to("cpu" if name in ("step", "pairs") else p.device)
+                    device = _counting_device(group, p) if name in COUNTERS else p.device
+                    self.state[p][name] = value.to(device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -166,70 +199,171 @@ class TrainableOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if any(p.grad is not None and p.grad.is_sparse for group in self.param_groups for p in group["params"]):
-            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients.")
-        self._forget_last_step()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            rates = [self._advance(p, group) for p in params]
-            live = [(p, rate) for p, rate in zip(params, rates, strict=True) if p.numel() > 0]
-            if live:
-                self._update(group, [p for p, _ in live], [rate for _, rate in live])
-            if params and group["max_norm"] is not None and group["lr"] > 0:  # with lr 0 no weight changes at all
-                _project(group["params"], group["max_norm"])
+        self._take_step()
         return loss
 
-    @abstractmethod
-    def _update(self, group: Group, params: list[Tensor], rates: list[Rates]) -> None:
-        """Move the weights and the state of `params`, all non-empty and with a gradient, at their own rates."""
+    @torch.compiler.disable(recursive=True)  # the kernels are compiled already; a user's compiled loop calls them
+    def _take_step(self) -> None:
+        work, position = [], 0
+        for group in self.param_groups:
+            params = enumerate(group["params"], position)
+            members = [self._member(group, i, p, grad) for i, p in params if (grad := p.grad) is not None]
+            work.append((group, members))
+            position += len(group["params"])
+        if not any(members for _, members in work):
+            return
+        self._forget_diagnostics()
+        self._step_members(work)
+        position = 0
+        for group, members in work:
+            if members and group["max_norm"] is not None:
+                self._project(group, position)
+            position += len(group["params"])
 
-    def _advance(self, p: Tensor, group: Group) -> Rates:
-        """Create p's state where there is none, count this step, and return its rates."""
+    @torch.no_grad()
+    @torch.compiler.disable(recursive=True)
+    def step_parameter(self, group_index: int, position: int, p: Tensor) -> None:
+        """One step of one parameter that has a gradient, as `release_gradients` takes them.
+
+        Args:
+            group_index: the parameter group that holds it.
+            position: its index among all parameters of the optimizer.
+            p: the parameter.
+        """
+        group = self.param_groups[group_index]
+        assert p.grad is not None
+        self._step_members([(group, [self._member(group, position, p, p.grad)])])
+
+    def _member(self, group: Group, position: int, p: Tensor, grad: Tensor) -> Member:
+        """A parameter that has a gradient, with its state, made here if there is none."""
+        if grad.is_sparse:
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients.")
         state = self.state[p]
         if not state:
-            state["step"] = torch.tensor(0.0)
             state.update(self._initial_state(group, p))
-        taken = int(state["step"])
-        state["step"] = state["step"] + 1  # out of place: a loaded state may share one tensor
-        return rates_at(taken, group)
+        return Member(position, p, grad, state)
+
+    def _step_members(self, work: Sequence[tuple[Group, list[Member]]]) -> None:
+        """Move these parameters, and count the step."""
+        parts = [(group, *self._split(group, [m for m in members if m.p.numel() > 0])) for group, members in work]
+        for _, batches, _ in parts:
+            fused_path.measure(batches, self._carried)
+        self._skip = _nonfinite(parts)
+        known_to_skip = self._skip is not None and self._skip.device.type == "cpu" and bool(self._skip)
+        for group, batches, others in parts:
+            if batches and not known_to_skip:
+                self._update_fused(group, batches)
+            if others and not known_to_skip:
+                self._update(group, others)
+        for group, members in work:
+            self._count(group, members)
+
+    def _split(self, group: Group, members: list[Member]) -> tuple[list[Batch], list[Member]]:
+        """Those that the fused kernels take, in batches, and the others."""
+        if "fused" not in self.fast_paths or group["fused"] is False or group["foreach"]:
+            return [], members
+        return fused_path.split(self.variant, group, members, self.state_names)
+
+    def _update_fused(self, group: Group, batches: list[Batch]) -> None:
+        for batch, sums in zip(batches, fused_path.step(batches, self._skip, self._carried), strict=True):
+            first = batch.params[0]
+            self._squares[first] = (sums[:, ERROR], sums[:, GG])
+            if group["grad_scale"] is not None:
+                self._peaks[first] = (sums[:, PEAK], sums[:, GG])
+
+    @abstractmethod
+    def _update(self, group: Group, members: list[Member]) -> None:
+        """Move weights and state of the group's members, all non-empty and with a gradient, on the plain path."""
 
     def _initial_state(self, group: Group, p: Tensor) -> dict[str, Tensor]:
-        dtype = group["state_dtype"] or compute_dtype(p)
-        return {name: torch.zeros_like(p, dtype=dtype) for name in self.state_names}
+        counters = {"step": 0.0, "skipped": 0.0} if group["skip_nonfinite"] else {"step": 0.0}
+        state = {name: torch.full((), x, device=_counting_device(group, p)) for name, x in counters.items()}
+        for name in self.state_names:
+            state.update(new_state(p, name, group["state_dtype"] or compute_dtype(p)))
+        return state
 
-    def _gradient(self, group: Group, p: Tensor) -> Tensor:
+    def _count(self, group: Group, members: Sequence[Member]) -> None:
+        """Count the step, or that it was skipped."""
+        alike: dict[torch.device, list[dict[str, Tensor]]] = {}
+        for member in members:
+            alike.setdefault(member.state["step"].device, []).append(member.state)
+        for device, states in alike.items():
+            amounts: dict[str, float | Tensor] = {"step": 1.0}
+            if self._skip is not None:
+                skipped = self._skip.to(device, torch.float32)
+                amounts["step"] = 1.0 - skipped
+                if group["skip_nonfinite"]:
+                    amounts["skipped"] = skipped
+            for name, amount in amounts.items():
+                counts = as_vector(states, name)
+                counts += amount
+                if states[0][name]._base is not counts:  # new, or of a loaded state, which may share one tensor
+                    for state, count in zip(states, counts.unbind(), strict=True):
+                        state[name] = count
+
+    def _rates(self, group: Group, member: Member, dtype: torch.dtype) -> Rates:
+        """The rates of a parameter's next step, on the plain path."""
+        taken = member.state["step"]
+        if may_read(group, taken):
+            return rates_at(int(taken), group)
+        return Rates(*(x.to(dtype) if isinstance(x, Tensor) else x for x in rates_at(taken.double(), group)))
+
+    def _key(self, group: Group, member: Member) -> int | Tensor:
+        """The key of the random bits with which a parameter's next step is stored."""
+        taken = member.state["step"]
+        if may_read(group, taken):
+            return state_key(group["seed"], int(taken), member.position)
+        return state_key(group["seed"], taken.long(), torch.tensor(member.position))
+
+    def _gradient(self, group: Group, member: Member) -> Tensor:
         """The gradient that the regression sees, in p's compute dtype; it may share p.grad's memory."""
-        assert p.grad is not None
-        g = p.grad.to(compute_dtype(p))
+        p = member.p
+        g = member.grad.to(compute_dtype(p))
+        if group["weight_decay"] and not group["decoupled_weight_decay"]:
+            g = g + (-group["weight_decay"] if group["maximize"] else group["weight_decay"]) * p.to(g.dtype)
         if group["maximize"]:
             g = -g
-        if group["weight_decay"] and not group["decoupled_weight_decay"]:
-            g = g + group["weight_decay"] * p.to(g.dtype)
         if group["grad_scale"] == "rms":
             g, peak = rms_normalized(g)
-            self._peaks.append(peak)
+            self._peaks[p] = (peak, torch.ones_like(peak))
         return g
 
-    def _apply(
-        self,
-        rule: Rule,
-        group: Group,
-        p: Tensor,
-        g: Tensor,
-        rates: Rates,
-        **block_sums: Any,
-    ) -> None:
+    def _apply(self, rule: Rule, group: Group, member: Member, g: Tensor, **block_sums: Any) -> None:
         """Move one tensor by an elementwise rule, given the sums over its block where p is a piece of one."""
-        scalars = {**rates._asdict(), "decay": decoupled_decay(group, rates)}
-        state = [self.state[p][name] for name in self.state_names]
-        apply = apply_
-        if group["fused"] and p.numel() > 1 and all(x.is_contiguous() for x in (p, *state)):
-            # As vectors that are no views, so that one graph serves all shapes: torch's limit is 8 a function.
-            p, g, *state = (x.reshape(-1).detach() for x in (p, g, *state))
-            apply = compiled_apply_()
-            scalars = {k: torch.as_tensor(x, dtype=g.dtype, device=p.device) for k, x in scalars.items()}
-        options = {"gamma_max": group["gamma_max"], "relative_alpha": group["relative_alpha"]}
-        self._squares.append(apply(rule, p, g, state, **scalars, **options, **block_sums))
+        p = member.p
+        rates = self._rates(group, member, g.dtype)
+        self._squares[p] = apply_(
+            rule,
+            p,
+            g,
+            member.state,
+            self.state_names,
+            **rates._asdict(),
+            decay=decoupled_decay(group, rates),
+            key=self._key(group, member),
+            skip=self._skip_on(p.device),
+            gamma_max=group["gamma_max"],
+            relative_alpha=group["relative_alpha"],
+            **block_sums,
+        )
+
+    def _skip_on(self, device: torch.device) -> Tensor | None:
+        return None if self._skip is None else self._skip.to(device)
+
+    def _project(self, group: Group, first: int) -> None:
+        """Project the vector of the group's weights, the `first` of the optimizer's on, onto the ball of max_norm."""
+        scale = (group["max_norm"] / total([sum_of_squares(p) for p in group["params"]]).sqrt()).clamp(max=1.0)
+        if self._skip is not None:
+            scale = torch.where(self._skip.to(scale.device), 1.0, scale)
+        lr = torch.as_tensor(group["lr"])
+        scale = torch.where(lr.to(scale.device) > 0, scale, 1.0)  # with lr 0 no weight changes at all
+        for position, p in enumerate(group["params"], first):
+            dtype = compute_dtype(p)
+            bits = None
+            if p.dtype == torch.bfloat16:
+                steps = int(self.state[p]["step"]) if self.state[p] else 0
+                bits = random_bits(p, state_key(group["seed"], steps, ~position))  # not those of the next step
+            write_(p, p.to(dtype) * scale.to(p.device, dtype), bits, 0)
 
     def estimate_error(self) -> Tensor:
         """``||G - g|| / ||g||`` of the last step, over all weights: how far the estimate is from the gradient.
@@ -240,7 +374,7 @@ class TrainableOptimizer(Optimizer, ABC):
         """
         if not self._squares:
             return torch.tensor(torch.nan)
-        error, norm = (total(parts) for parts in zip(*self._squares, strict=True))
+        error, norm = (total(parts) for parts in zip(*self._squares.values(), strict=True))
         return (error / norm).sqrt()
 
     def gradient_peak(self) -> Tensor:
@@ -251,7 +385,15 @@ class TrainableOptimizer(Optimizer, ABC):
         """
         if not self._peaks:
             return torch.tensor(torch.nan)
-        return torch.stack([peak.to(self._peaks[0].device) for peak in self._peaks]).max()
+        shares = [(peak / norm.sqrt().clamp(min=SMALLEST_DIVISOR)).max() for peak, norm in self._peaks.values()]
+        return torch.stack([share.to(shares[0].device) for share in shares]).max()
+
+    def skipped_steps(self) -> Tensor:
+        """How many steps `skip_nonfinite` has skipped, over all runs of this state; 0-dim, on the weights' device."""
+        counts = [state["skipped"] for state in self.state.values() if "skipped" in state]
+        if not counts:
+            return torch.tensor(0.0)
+        return torch.stack([count.to(counts[0].device) for count in counts]).max()
 
 
 def compute_dtype(p: Tensor) -> torch.dtype:
@@ -259,57 +401,27 @@ def compute_dtype(p: Tensor) -> torch.dtype:
     return torch.promote_types(p.dtype, torch.float32)
 
 
-def decoupled_decay(group: Group, rates: Rates) -> float | Tensor:
-    """The factor of w that a step takes away beside the step itself: lr times the decoupled weight decay."""
-    return rates.lr * group["weight_decay"] if group["decoupled_weight_decay"] else 0.0
-
-
 def total(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of 0-dim tensors, on the device of the first."""
-    return torch.stack([part.to(parts[0].device) for part in parts]).sum()
+    """The sum of all elements, 0-dim, on the device of the first."""
+    return torch.stack([part.sum().to(parts[0].device) for part in parts]).sum()
 
 
-def sum_of_squares(params: Sequence[Tensor]) -> Tensor:
-    """``||w||^2`` over all the tensors, 0-dim, in their compute dtype."""
-    return total([p.to(compute_dtype(p)).square().sum() for p in params])
+def _counting_device(group: Group, p: Tensor) -> torch.device:
+    """Where p's steps are counted: on the CPU, where reading them never waits, unless the device itself decides."""
+    return p.device if group["capturable"] or group["skip_nonfinite"] else torch.device("cpu")
 
 
-def _project(params: list[Tensor], max_norm: float) -> None:
-    """Project the vector of all the weights onto the l2 ball of radius max_norm."""
-    scale = (max_norm / sum_of_squares(params).sqrt()).clamp(max=1.0)
-    for p in params:
-        p.copy_(p.to(compute_dtype(p)) * scale.to(p.device))
-
-
-def _check_hyperparameters(group: Group) -> None:
-    """Raise ValueError, naming the key, the value and what is allowed."""
-
-    def check(key: str, ok: bool, allowed: str) -> None:
-        if not ok:
-            raise ValueError(f"{key}={group[key]!r} is not valid: {allowed}.")
-
-    for key in NUMBERS:
-        value = group[key]
-        optional = value is None and key in ("gamma_max", "max_norm")
-        number = isinstance(value, Real) or (key == "lr" and isinstance(value, Tensor) and value.dim() == 0)
-        check(key, optional or (number and math.isfinite(value)), "a finite number")
-    check("schedule", group["schedule"] in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
-    theorem = group["schedule"] == "theorem"
-    check("t0", group["t0"] > 0, "a number above 0")
-    check("lr", bool(group["lr"] >= 0), "a number of at least 0")
-    check("alpha", group["alpha"] >= 0, "a number of at least 0")
-    largest_beta = group["t0"] if theorem else 1
-    check("beta", 0 <= group["beta"] <= largest_beta, f"between 0 and {'t0' if theorem else '1'}")
-    for key in ("alpha_decay", "lr_decay"):
-        check(key, 0 < group[key] <= 1, "above 0 and at most 1")
-        used = group["schedule"] == "exponential" or group[key] == 1
-        check(key, used, 'it takes effect only with schedule="exponential"')
-    gamma_max, max_norm = group["gamma_max"], group["max_norm"]
-    check("gamma_max", gamma_max is None or 0 < gamma_max < 2, "None, or between 0 and 2")
-    check("max_norm", max_norm is None or max_norm > 0, "None, or a number above 0")
-    check("weight_decay", group["weight_decay"] >= 0, "a number of at least 0")
-    check("grad_scale", group["grad_scale"] in (None, "rms"), 'None or "rms"')
-    check("state_dtype", group["state_dtype"] in (None, torch.float32, torch.bfloat16),
-          "None, torch.float32 or torch.bfloat16")  # fmt: skip
-    check("scope", group["scope"] in ("tensor", "group"), '"tensor" or "group"')
-    check("foreach", not (group["foreach"] and group["fused"]), "foreach and fused exclude each other")
+def _nonfinite(work: Sequence[tuple[Group, list[Batch], list[Member]]]) -> Tensor | None:
+    """Whether any gradient is infinite or NaN, 0-dim bool; None where nobody asks."""
+    if not any(group["skip_nonfinite"] for group, _, _ in work):
+        return None
+    finite = []
+    for _, batches, others in work:
+        for batch in batches:
+            if batch.needs_gradient_sums and batch.sums is not None:
+                finite.append(batch.sums[:, GG].isfinite().all())
+            else:
+                finite += [g.isfinite().all() for g in batch.grads]
+        finite += [member.grad.isfinite().all() for member in others]
+    flags = [x.full_tensor() if isinstance(x, DTensor) else x for x in finite] or [torch.tensor(True)]
+    return ~torch.stack([x.to(flags[0].device) for x in flags]).all()

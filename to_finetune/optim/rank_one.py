@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from to_finetune.optim import rules
-from to_finetune.optim.optimizer import Group, TrainableOptimizer, compute_dtype, total
+from to_finetune.optim.kernels.batch import Member
+from to_finetune.optim.optimizer import Group, TrainableOptimizer, total
 from to_finetune.optim.rules import RankOneSums
-from to_finetune.optim.schedules import Rates
+from to_finetune.optim.state import new_state, read
 
 
 class RankOneTO(TrainableOptimizer):
@@ -20,25 +21,26 @@ class RankOneTO(TrainableOptimizer):
 
     state_names = ("u", "v", "b")
     fast_paths = ("fused",)
+    variant = "rank_one"
 
     def _initial_state(self, group: Group, p: Tensor) -> dict[str, Tensor]:
         state = super()._initial_state(group, p)
         block = group["params"] if group["scope"] == "group" else [p]
-        state["v"].fill_(max(1, sum(q.numel() for q in block)) ** -0.5)
+        n = max(1, sum(q.numel() for q in block))
+        state.update(new_state(p, "v", state["v"].dtype, n**-0.5))
         return state
 
-    def _update(self, group: Group, params: list[Tensor], rates: list[Rates]) -> None:
+    def _update(self, group: Group, members: list[Member]) -> None:
         if group["scope"] == "tensor":
-            for p, rate in zip(params, rates, strict=True):
-                self._apply(rules.rank_one, group, p, self._gradient(group, p), rate)
+            for member in members:
+                self._apply(rules.rank_one, group, member, self._gradient(group, member))
             return
-        grads = [self._gradient(group, p) for p in params]
-        parts = [self._sums(p, g) for p, g in zip(params, grads, strict=True)]
+        grads = [self._gradient(group, member) for member in members]
+        parts = [self._sums(member, g) for member, g in zip(members, grads, strict=True)]
         sums = [total(column) for column in zip(*parts, strict=True)]
-        for p, g, rate in zip(params, grads, rates, strict=True):
-            block = RankOneSums(*(s.to(g) for s in sums))
-            self._apply(rules.rank_one, group, p, g, rate, sums=block)
+        for member, g in zip(members, grads, strict=True):
+            self._apply(rules.rank_one, group, member, g, sums=RankOneSums(*(s.to(g) for s in sums)))
 
-    def _sums(self, p: Tensor, g: Tensor) -> RankOneSums:
-        state = [self.state[p][name].to(g.dtype) for name in self.state_names]
-        return rules.rank_one_sums(p.to(compute_dtype(p)), g, *state)
+    def _sums(self, member: Member, g: Tensor) -> RankOneSums:
+        state = [read(member.state, name, g.dtype) for name in self.state_names]
+        return rules.rank_one_sums(member.p.to(g.dtype), g, *state)

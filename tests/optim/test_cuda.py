@@ -1,0 +1,136 @@
+"""The GPU kernels: that they compile for real GPUs without one at hand and, where there is one, are right."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .helpers import OPTIMIZERS
+from .test_fast_paths import OPTIONS, SIZES, ULPS
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+COMPILE = """
+import re, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from to_finetune.optim.kernels import gpu
+
+POINTERS = {"table": "*i64", "scalars": "*fp32", "chunks": "*i32", "partial": "*fp64", "skip": "*i1"}
+for kernel in (gpu._reduce, gpu._update):
+    for rank_one, weight, state in ((False, 0, 0), (True, 0, 0), (True, 1, 1), (False, 1, 2)):
+        options = dict(HAS_SKIP=True, RANK_ONE=rank_one, WEIGHT=weight, GRADIENT=weight, STATE=state)
+        options |= dict(WEIGHTS_TOO=True, ALIGNED=True, TILES=gpu.TILES)
+        source = ASTSource(
+            fn=kernel,
+            signature=POINTERS | dict.fromkeys(options, "constexpr"),
+            constexprs={(kernel.arg_names.index(name),): value for name, value in options.items()},
+        )
+        target = GPUTarget("cuda", int(sys.argv[1]), 32)
+        built = triton.compile(source, target=target, options={"num_warps": gpu.WARPS, "enable_fp_fusion": False})
+        ptx = built.asm["ptx"]
+        wide, fused = len(re.findall(r"ld\\.global[.\\w]*\\.v4", ptx)), len(re.findall(r"fma\\.rn\\.f32", ptx))
+        print(kernel.__name__, wide, fused, len(built.asm["cubin"]))
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90])  # A100, H100
+def test_the_kernels_compile_for_gpus(capability: int) -> None:
+    """To machine code that loads 16 bytes at a time and contracts no product with a sum."""
+    pytest.importorskip("triton", minversion="3.4")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE, str(capability)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 8
+    for _, wide, fused, size in lines:
+        assert int(wide) >= 2  # none where the compiler does not know the addresses to be aligned
+        assert int(fused) == 0
+        assert int(size) > 0
+
+
+def on(device: str, dtype: torch.dtype) -> list[Parameter]:
+    """The same weights on any device."""
+    generator = torch.Generator().manual_seed(3)
+    return [Parameter(torch.randn(size, generator=generator).to(device, dtype)) for size in [*SIZES, (300, 1000)]]
+
+
+def train(device: str, variant: str, dtype: torch.dtype, steps: int = 5, **options: Any) -> list[Tensor]:
+    """Weights and state, on the CPU, after some steps with the same gradients everywhere."""
+    params = on(device, dtype)
+    optimizer = OPTIMIZERS[variant](params, **options)
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)
+        optimizer.step()
+    state = [value for p in params for key, value in optimizer.state[p].items() if key not in ("step", "skipped")]
+    return [x.detach().cpu() for x in (*params, *state)]
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("variant", ["diagonal", "rank_one"])
+def test_a_gpu_gives_the_weights_of_the_cpu(variant: str, name: str, dtype: torch.dtype) -> None:
+    """Diagonal bit for bit."""
+    few_bits = dtype == torch.bfloat16 or "state_dtype" in OPTIONS[name]
+    loose = {"rtol": 2**-7, "atol": 2.0} if few_bits else ULPS
+    bounds = {"rtol": 0.0, "atol": 0.0} if variant == "diagonal" else loose
+    ours, theirs = (train(device, variant, dtype, **OPTIONS[name]) for device in ("cuda", "cpu"))
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x.double(), y.double(), **bounds)
+
+
+@needs_gpu
+@pytest.mark.parametrize("variant", ["diagonal", "rank_one"])
+def test_a_step_on_a_gpu_never_waits_for_it(variant: str) -> None:
+    """Also when it may be skipped; but for the first one, which makes the state."""
+    params = [Parameter(torch.randn(1000, device="cuda"))]
+    optimizer = OPTIMIZERS[variant](params, skip_nonfinite=True, relative_alpha=True, grad_scale="rms")
+    for t in range(3):
+        params[0].grad = torch.randn_like(params[0])
+        torch.cuda.set_sync_debug_mode("error" if t else "default")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize("options", [{}, {"relative_alpha": True, "grad_scale": "rms", "state_dtype": torch.int8}])
+@pytest.mark.parametrize("variant", ["diagonal", "rank_one"])
+def test_a_cuda_graph_replays_the_step(variant: str, options: dict[str, Any]) -> None:
+    """With counts, a schedule, and an lr that changes between replays."""
+    graphed, plain = ([Parameter(torch.ones(5000, device="cuda"))] for _ in range(2))
+    lr = torch.tensor(0.1, device="cuda")
+    schedule: dict[str, Any] = {"schedule": "theorem", "t0": 3.0}
+    captured = OPTIMIZERS[variant](graphed, lr=lr, capturable=True, **schedule, **options)
+    other = OPTIMIZERS[variant](plain, lr=0.1, **schedule, **options)
+    graphed[0].grad = torch.randn(5000, device="cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        captured.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    plain[0].grad = graphed[0].grad.clone()
+    other.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for rate in (0.1, 0.05, 0.02):
+        lr.fill_(rate)
+        other.param_groups[0]["lr"] = rate
+        graphed[0].grad.copy_(torch.randn(5000, device="cuda"))
+        plain[0].grad.copy_(graphed[0].grad)
+        graph.replay()
+        other.step()
+        torch.testing.assert_close(graphed[0], plain[0], **ULPS)
