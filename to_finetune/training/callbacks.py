@@ -21,6 +21,7 @@ COLUMNS = {
     "grad_norm": "|g| {:.2e}",
     "estimate_error": "estimate error {:.3f}",
     "gradient_peak": "peak {:.2f}",
+    "skipped_steps": "{} steps skipped",
     "tokens_per_second": "{:,.0f} tokens/s",
 }
 

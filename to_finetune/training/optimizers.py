@@ -89,5 +89,5 @@ def _literal(value: Any) -> Any:
 
 
 def _state_dtype(value: Any) -> Any:
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
     return dtypes.get(str(value).removeprefix("torch."), value)

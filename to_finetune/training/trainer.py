@@ -54,10 +54,12 @@ class TrainableOptimizerMixin(_Base):
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the estimate's relative error (and, with grad_scale, the gradient's peak) of the last step."""
+        """Add the estimate's relative error of the last step, the gradient's peak, and any skipped steps."""
         if "loss" in logs:
             optimizer = unwrapped(self.optimizer)
             if isinstance(optimizer, TrainableOptimizer):
+                if skipped := int(optimizer.skipped_steps()):
+                    logs["skipped_steps"] = skipped
                 for key, value in (
                     ("estimate_error", optimizer.estimate_error()),
                     ("gradient_peak", optimizer.gradient_peak()),
