@@ -83,9 +83,9 @@ def test_no_gradient_outlives_the_weights_step() -> None:
     alive = []
     step = TrainableOptimizer.step_parameter
 
-    def watched(self: TrainableOptimizer, group_index: int, position: int, p: Tensor) -> None:
+    def watched(self: TrainableOptimizer, group_index: int, index: int) -> None:
         alive.append([q.grad is not None for q in net.parameters()].count(True))
-        step(self, group_index, position, p)
+        step(self, group_index, index)
 
     with mock.patch.object(TrainableOptimizer, "step_parameter", watched), release_gradients(net, optimizer):
         loss_of(net, next(iter(batches(1)))).backward()

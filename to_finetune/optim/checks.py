@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from to_finetune.optim.blocks import is_group_wide
 from to_finetune.optim.schedules import SCHEDULES
+from to_finetune.optim.sharding import Layout
 
 NUMBERS = ("lr", "alpha", "beta", "alpha_decay", "lr_decay", "t0", "gamma_max", "max_norm", "weight_decay")
 
@@ -47,3 +49,35 @@ def check_hyperparameters(group: Mapping[str, Any], state_dtypes: Sequence[torch
     check("seed", type(group["seed"]) is int and 0 <= group["seed"] < 2**63, "a whole number of at least 0")
     check("scope", group["scope"] in ("tensor", "group"), '"tensor" or "group"')
     check("foreach", not (group["foreach"] and group["fused"]), "foreach and fused exclude each other")
+
+
+def check_layout(layout: Layout, variant: str, group: Mapping[str, Any], groups: int) -> None:
+    """Raise RuntimeError where weights in this layout cannot be stepped as one process would.
+
+    Args:
+        layout: of one of the group's tensors.
+        variant: of the optimizer.
+        group: the parameter group.
+        groups: how many the optimizer has.
+    """
+    if not layout.shards:
+        return
+    if variant == "full":
+        raise RuntimeError("FullTO needs whole tensors and does not go with sharded weights; use DDP, or DiagonalTO.")
+    if group["state_dtype"] == torch.int8 and any(run.first is None for run in layout.runs):
+        raise RuntimeError(
+            "state_dtype=torch.int8 needs weights that are sharded by their first dimension alone, as FSDP2 does by "
+            "default; use torch.bfloat16."
+        )
+    if layout.is_part and (group["max_norm"] is not None or is_group_wide(variant, group)):
+        key = "max_norm" if group["max_norm"] is not None else 'scope="group"'
+        raise RuntimeError(
+            f"{key} needs the gradients of a whole parameter group, which ZeRO-3 has cut into sub-groups that it steps "
+            'one by one; set "sub_group_size" in "zero_optimization" to at least the number of weights that train.'
+        )
+    if layout.is_flat and group["skip_nonfinite"] and (layout.is_part or groups > 1):
+        raise RuntimeError(
+            "skip_nonfinite=True needs all gradients before the first weight moves, and DeepSpeed steps one parameter "
+            "group or sub-group after the other; leave it out. DeepSpeed skips such a step itself with fp16, and with "
+            '"bf16": {"check_grad_overflow": true}.'
+        )

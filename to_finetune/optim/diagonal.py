@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from to_finetune.optim import rules
+from to_finetune.optim.blocks import WW, Part
 from to_finetune.optim.kernels import foreach as foreach_path
-from to_finetune.optim.kernels.batch import Member, may_read
-from to_finetune.optim.kernels.inplace import store_
-from to_finetune.optim.optimizer import Group, TrainableOptimizer, compute_dtype, total
+from to_finetune.optim.kernels.batch import may_read
+from to_finetune.optim.optimizer import TrainableOptimizer, compute_dtype
 from to_finetune.optim.schedules import decoupled_decay
+from to_finetune.optim.sharding import Member
 from to_finetune.optim.state import read
 
 
@@ -26,44 +28,45 @@ class DiagonalTO(TrainableOptimizer):
     fast_paths = ("foreach", "fused")
     variant = "diagonal"
 
-    def _update(self, group: Group, members: list[Member]) -> None:
-        mean_square = None
-        if group["relative_alpha"] and group["scope"] == "group":
-            squares = total([rules.sum_of_squares(m.p.to(compute_dtype(m.p))) for m in members])
-            mean_square = squares / sum(m.p.numel() for m in members)
-        foreach = group["foreach"] or (group["foreach"] is None and all(m.p.is_cuda for m in members))
-        if foreach and all(may_read(group, m.state["step"]) for m in members):
-            self._update_foreach(group, members, mean_square)
-            return
-        for member in members:
-            g = self._gradient(group, member)
-            block = None if mean_square is None else mean_square.to(g)
-            self._apply(rules.diagonal, group, member, g, mean_square=block)
+    def _own_sums(self, member: Member, g: Tensor) -> dict[int, Tensor]:
+        return {WW: rules.sum_of_squares(member.p)}
 
-    def _update_foreach(self, group: Group, members: list[Member], mean_square: Tensor | None) -> None:
+    def _update(self, part: Part) -> None:
+        group, members = part.group, part.members
+        foreach = group["foreach"] or (group["foreach"] is None and all(m.p.is_cuda for m in members))
+        if foreach and part.pending is None and all(may_read(group, m.state["step"]) for m in members):
+            self._update_foreach(part)
+            return
+        for i, member in enumerate(members):
+            mean_square = _mean_square(part, i, compute_dtype(member.p)) if group["relative_alpha"] else None
+            self._apply(rules.diagonal, part, i, mean_square=mean_square)
+
+    def _update_foreach(self, part: Part) -> None:
         # Multi-tensor operations want one device, one dtype and one set of rates.
-        alike: dict[Any, list[Member]] = defaultdict(list)
-        for member in members:
-            alike[member.p.device, compute_dtype(member.p), float(member.state["step"])].append(member)
-        for batch in alike.values():
-            ps = [member.p for member in batch]
-            gs = [self._gradient(group, member) for member in batch]
-            dtype = gs[0].dtype
-            slopes, offsets = ([read(member.state, name, dtype) for member in batch] for name in self.state_names)
-            rates = self._rates(group, batch[0], dtype)
+        group, alike = part.group, defaultdict[Any, list[int]](list)
+        for i, member in enumerate(part.members):
+            alike[member.p.device, compute_dtype(member.p), float(member.state["step"])].append(i)
+        for (_, dtype, _), batch in alike.items():
+            members = [part.members[i] for i in batch]
+            gs = [self._scaled_gradient(part, i) for i in batch]
+            slopes, offsets = ([read(member.state, name, dtype) for member in members] for name in self.state_names)
+            rates = self._rates(group, members[0], dtype)
             new = foreach_path.diagonal(
-                [p.to(dtype) for p in ps],
+                [member.p.to(dtype) for member in members],
                 gs,
                 slopes,
                 offsets,
                 **rates._asdict(),
                 decay=decoupled_decay(group, rates),
                 gamma_max=group["gamma_max"],
-                relative_alpha=group["relative_alpha"],
-                mean_square=None if mean_square is None else mean_square.to(gs[0]),
+                mean_squares=[_mean_square(part, i, dtype) for i in batch] if group["relative_alpha"] else None,
             )
-            for member, g, w, a, b, G in zip(batch, gs, *new, strict=True):
-                p = member.p
-                skip = self._skip_on(p.device)
-                store_(p, w, member.state, self.state_names, (a, b), self._key(group, member), skip)
-                self._squares[p] = (rules.sum_of_squares(G - g), rules.sum_of_squares(g))
+            for i, g, w, a, b, G in zip(batch, gs, *new, strict=True):
+                self._finish(part, i, w, (a, b), G - g, g)
+
+
+def _mean_square(part: Part, i: int, dtype: torch.dtype) -> Tensor:
+    """The mean of w^2 over the block of a part's i-th member."""
+    assert part.totals is not None
+    block = part.totals.block
+    return (block.ww[i] / block.n[i]).to(dtype)

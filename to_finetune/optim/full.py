@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from to_finetune.optim import rules
-from to_finetune.optim.kernels.batch import Member
-from to_finetune.optim.kernels.inplace import store_
-from to_finetune.optim.optimizer import Group, TrainableOptimizer, compute_dtype
+from to_finetune.optim.blocks import Part
+from to_finetune.optim.optimizer import TrainableOptimizer, compute_dtype
 from to_finetune.optim.schedules import decoupled_decay
 
 
@@ -28,22 +27,25 @@ class FullTO(TrainableOptimizer):
 
     state_names = ("b",)
     state_dtypes = (torch.float32, torch.bfloat16)
+    variant = "full"
 
-    def _update(self, group: Group, members: list[Member]) -> None:
+    def _update(self, part: Part) -> None:
         if self._skip is not None and self._skip:
             return
-        blocks = [[member] for member in members]
+        group, members = part.group, part.members
+        blocks = [[i] for i in range(len(members))]
         if group["scope"] == "group":
-            blocks = [members]
+            blocks = [list(range(len(members)))]
             if len(members) != sum(p.numel() > 0 for p in group["params"]):
                 raise RuntimeError(
                     'FullTO with scope="group" needs a gradient for every weight of the group; freeze or leave out '
                     'those without one, or use scope="tensor".'
                 )
         for block in blocks:
-            self._update_block(group, block)
+            self._update_block(part, block)
 
-    def _update_block(self, group: Group, members: list[Member]) -> None:
+    def _update_block(self, part: Part, indices: list[int]) -> None:
+        group, members = part.group, [part.members[i] for i in indices]
         block = [member.p for member in members]
         first = block[0]
         flat_dtype, device = compute_dtype(first), first.device
@@ -53,7 +55,7 @@ class FullTO(TrainableOptimizer):
             return torch.cat([t.reshape(-1).to(device, flat_dtype) for t in tensors])
 
         offsets = [member.state["b"] for member in members]
-        w, g, b = flat(block), flat([self._gradient(group, member) for member in members]), flat(offsets)
+        w, g, b = flat(block), flat([self._scaled_gradient(part, i) for i in indices]), flat(offsets)
         slope = members[0].state
         new_w, b, G, correction = rules.full(
             w,
@@ -68,17 +70,9 @@ class FullTO(TrainableOptimizer):
             _learn(slope, correction, w, group["state_dtype"] or flat_dtype)
         new_w = new_w - decoupled_decay(group, rates) * w
         sizes = [p.numel() for p in block]
-        for member, w_part, b_part in zip(members, new_w.split(sizes), b.split(sizes), strict=True):
-            p = member.p
-            store_(
-                p,
-                w_part.view(p.shape),
-                member.state,
-                self.state_names,
-                [b_part.view(p.shape)],
-                self._key(group, member),
-            )
-        self._squares[first] = (rules.sum_of_squares(G - g), rules.sum_of_squares(g))
+        parts = (x.split(sizes) for x in (new_w, b, G - g, g))
+        for i, p, w_part, b_part, error, g_part in zip(indices, block, *parts, strict=True):
+            self._finish(part, i, w_part.view(p.shape), [b_part.view(p.shape)], error, g_part)
 
 
 def _slope_times(slope: dict[str, Tensor], w: Tensor) -> Tensor:

@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed import ReduceOp
 from torch.optim import Optimizer
 
-from to_finetune.optim.checks import check_hyperparameters
+from to_finetune.optim import edges
+from to_finetune.optim.blocks import ERROR, GG, PEAK, SUMS, Part, share
+from to_finetune.optim.checks import check_hyperparameters, check_layout
 from to_finetune.optim.kernels import fused as fused_path
-from to_finetune.optim.kernels.batch import ERROR, GG, PEAK, Batch, Carried, Member, as_vector, may_read
-from to_finetune.optim.kernels.inplace import Rule, apply_
-from to_finetune.optim.rules import SMALLEST_DIVISOR, rms_normalized, sum_of_squares
+from to_finetune.optim.kernels.batch import Batch, Carried, as_vector, may_read
+from to_finetune.optim.kernels.inplace import New, Rule, member_bits, moved, store_
+from to_finetune.optim.rules import SMALLEST_DIVISOR, sum_of_squares
 from to_finetune.optim.schedules import Rates, decoupled_decay, rates_at
-from to_finetune.optim.state import new_state, random_bits, state_key, write_
+from to_finetune.optim.sharding import (
+    Given,
+    Layout,
+    Member,
+    Shards,
+    all_reduce,
+    given,
+    layout_of,
+    local,
+    members_of,
+    packed_state,
+    unpacked_state,
+)
+from to_finetune.optim.state import new_state, state_key, write_
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Group = dict[str, Any]
+Piece = tuple[int, int | None]  # a parameter's position, and where in it the piece begins
 COUNTERS = ("step", "pairs", "skipped")
+MAX = ReduceOp.MAX
 
 
 class TrainableOptimizer(Optimizer, ABC):
@@ -113,6 +131,9 @@ class TrainableOptimizer(Optimizer, ABC):
             ValueError: for a hyper-parameter out of its range, a fast path that the variant does not have, and
                 complex or integer weights.
         """
+        self._given: list[Given] = []
+        self._groups: list[Group] = []
+        self._edge_slots: edges.Slots = {}
         self._forget_last_step()
         defaults = {
             "lr": lr,
@@ -144,16 +165,27 @@ class TrainableOptimizer(Optimizer, ABC):
         for group in self.param_groups:  # of a version that had fewer options
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+        if "_given" not in self.__dict__:  # a copy
+            self._given, self._edge_slots = [], {}
+            for group in self.param_groups:
+                self._remember(group["params"])
+        self._groups = list(self.param_groups)
         self._forget_last_step()
 
     def _forget_last_step(self) -> None:
-        self._carried: dict[Tensor, Carried] = {}
+        self._carried: dict[int, Carried] = {}  # by the position of a batch's first member
         self._skip: Tensor | None = None  # whether the last step was skipped, where that is asked for
         self._forget_diagnostics()
 
     def _forget_diagnostics(self) -> None:
-        self._squares: dict[Tensor, tuple[Tensor, Tensor]] = {}  # |G - g|^2 and |g|^2, by a block's first tensor
-        self._peaks: dict[Tensor, tuple[Tensor, Tensor]] = {}  # max|g| and |g|^2
+        # Of this process, by those who share the weights and by a piece of them: |G - g|^2 and |g|^2; max|g| / |g|.
+        self._squares: dict[Shards, dict[Piece, tuple[Tensor, Tensor]]] = {}
+        self._peaks: dict[Shards, dict[Piece, Tensor]] = {}
+
+    def _remember(self, params: Sequence[Tensor]) -> None:
+        """Record the parameters of another group, in whose place a wrapper may put others."""
+        start = sum(len(known.refs) for known in self._given)
+        self._given.append(given(params, start))
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
@@ -173,6 +205,15 @@ class TrainableOptimizer(Optimizer, ABC):
         except Exception:
             self.param_groups.pop()
             raise
+        self._remember(group["params"])
+        self._groups.append(group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any torch optimizer; int8 state as int16, each number with its exponent, which any layout can load."""
+        saved = super().state_dict()
+        for index, p, _, layout in self._int8_owners(saved):
+            saved["state"][index] = packed_state(layout, p, saved["state"][index], self.state_names)
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a saved state, keeping each tensor's saved dtype (torch would cast it to the weight's).
@@ -187,6 +228,15 @@ class TrainableOptimizer(Optimizer, ABC):
                 if isinstance(value, Tensor):
                     device = _counting_device(group, p) if name in COUNTERS else p.device
                     self.state[p][name] = value.to(device)
+        for _, p, _, layout in self._int8_owners(super().state_dict()):
+            self.state[p] = unpacked_state(layout, p, self.state[p], self.state_names)
+
+    def _int8_owners(self, saved: dict[str, Any]) -> Iterator[tuple[int, Tensor, Group, Layout]]:
+        """The tensors with int8 state: index in the state dict, tensor, group and layout."""
+        for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
+            for i, (index, p) in enumerate(zip(packed["params"], group["params"], strict=True)):
+                if group["state_dtype"] == torch.int8 and index in saved["state"]:
+                    yield index, p, group, self._layout(group, i)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -204,89 +254,139 @@ class TrainableOptimizer(Optimizer, ABC):
 
     @torch.compiler.disable(recursive=True)  # the kernels are compiled already; a user's compiled loop calls them
     def _take_step(self) -> None:
-        work, position = [], 0
-        for group in self.param_groups:
-            params = enumerate(group["params"], position)
-            members = [self._member(group, i, p, grad) for i, p in params if (grad := p.grad) is not None]
-            work.append((group, members))
-            position += len(group["params"])
-        if not any(members for _, members in work):
+        work = [(group, self._members(group)) for group in self.param_groups]
+        first = next((member for _, members in work for member in members), None)
+        if first is None:
             return
-        self._forget_diagnostics()
+        if first.p is local(first.owner):  # DeepSpeed steps its partitions one by one
+            self._forget_diagnostics()
         self._step_members(work)
-        position = 0
         for group, members in work:
             if members and group["max_norm"] is not None:
-                self._project(group, position)
-            position += len(group["params"])
+                self._project(group)
 
     @torch.no_grad()
     @torch.compiler.disable(recursive=True)
-    def step_parameter(self, group_index: int, position: int, p: Tensor) -> None:
+    def step_parameter(self, group_index: int, index: int) -> None:
         """One step of one parameter that has a gradient, as `release_gradients` takes them.
 
         Args:
             group_index: the parameter group that holds it.
-            position: its index among all parameters of the optimizer.
-            p: the parameter.
+            index: its index there.
         """
         group = self.param_groups[group_index]
-        assert p.grad is not None
-        self._step_members([(group, [self._member(group, position, p, p.grad)])])
+        self._step_members([(group, self._members_of(group, index, self._layout(group, index)))])
 
-    def _member(self, group: Group, position: int, p: Tensor, grad: Tensor) -> Member:
-        """A parameter that has a gradient, with its state, made here if there is none."""
-        if grad.is_sparse:
+    def _layout(self, group: Group, index: int) -> Layout:
+        known = next(known for known, own in zip(self._given, self._groups, strict=True) if own is group)
+        layout = layout_of(group["params"][index], index, known)
+        check_layout(layout, self.variant, group, len(self._groups))
+        return layout
+
+    def _members(self, group: Group) -> list[Member]:
+        """What this process holds of the group's parameters that have a gradient."""
+        layouts = {i: self._layout(group, i) for i, p in enumerate(group["params"]) if p.grad is not None}
+        return [member for i, layout in layouts.items() for member in self._members_of(group, i, layout)]
+
+    def _members_of(self, group: Group, index: int, layout: Layout) -> list[Member]:
+        """The members of one tensor of the group, with their state, made here if there is none."""
+        p = group["params"][index]
+        if p.grad.is_sparse:
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients.")
         state = self.state[p]
-        if not state:
-            state.update(self._initial_state(group, p))
-        return Member(position, p, grad, state)
+        is_new = not state
+        if is_new:
+            state.update(self._initial_state(group, p, layout.exponents()))
+        members = members_of(layout, p, p.grad, state)
+        if is_new:
+            self._start(group, members)
+        return members
 
-    def _step_members(self, work: Sequence[tuple[Group, list[Member]]]) -> None:
-        """Move these parameters, and count the step."""
-        parts = [(group, *self._split(group, [m for m in members if m.p.numel() > 0])) for group, members in work]
-        for _, batches, _ in parts:
-            fused_path.measure(batches, self._carried)
-        self._skip = _nonfinite(parts)
-        known_to_skip = self._skip is not None and self._skip.device.type == "cpu" and bool(self._skip)
-        for group, batches, others in parts:
-            if batches and not known_to_skip:
-                self._update_fused(group, batches)
-            if others and not known_to_skip:
-                self._update(group, others)
-        for group, members in work:
-            self._count(group, members)
-
-    def _split(self, group: Group, members: list[Member]) -> tuple[list[Batch], list[Member]]:
-        """Those that the fused kernels take, in batches, and the others."""
-        if "fused" not in self.fast_paths or group["fused"] is False or group["foreach"]:
-            return [], members
-        return fused_path.split(self.variant, group, members, self.state_names)
-
-    def _update_fused(self, group: Group, batches: list[Batch]) -> None:
-        for batch, sums in zip(batches, fused_path.step(batches, self._skip, self._carried), strict=True):
-            first = batch.params[0]
-            self._squares[first] = (sums[:, ERROR], sums[:, GG])
-            if group["grad_scale"] is not None:
-                self._peaks[first] = (sums[:, PEAK], sums[:, GG])
-
-    @abstractmethod
-    def _update(self, group: Group, members: list[Member]) -> None:
-        """Move weights and state of the group's members, all non-empty and with a gradient, on the plain path."""
-
-    def _initial_state(self, group: Group, p: Tensor) -> dict[str, Tensor]:
+    def _initial_state(self, group: Group, p: Tensor, blocks: int) -> dict[str, Tensor]:
         counters = {"step": 0.0, "skipped": 0.0} if group["skip_nonfinite"] else {"step": 0.0}
         state = {name: torch.full((), x, device=_counting_device(group, p)) for name, x in counters.items()}
         for name in self.state_names:
-            state.update(new_state(p, name, group["state_dtype"] or compute_dtype(p)))
+            state.update(new_state(p, name, group["state_dtype"] or compute_dtype(p), blocks))
         return state
+
+    def _start(self, group: Group, members: Sequence[Member]) -> None:
+        """Set what of new state does not start at zero."""
+
+    def _step_members(self, work: Sequence[tuple[Group, list[Member]]]) -> None:
+        """Move these weights, and count the step."""
+        parts = [part for group, members in work for part in self._parts(group, members)]
+        for _, members in work:
+            for member in members:  # also where no weight is held here: what is summed later is summed by all
+                self._squares.setdefault(member.shards, {})
+                self._peaks.setdefault(member.shards, {})
+        self._measure(parts)
+        share(self.variant, work, parts)
+        for part in parts:
+            if part.totals is not None and part.sums is not None:
+                self._keep_peak(part, part.sums, part.totals.norm_square)
+        self._skip = _nonfinite(work, parts)
+        if self._skip is None or self._skip.device.type != "cpu" or not self._skip:
+            for part in parts:
+                if isinstance(part, Batch):
+                    self._update_fused(part)
+                else:
+                    self._update(part)
+            edges.store(work, [new for part in parts for new in part.pending or ()], self._edge_slots)
+        for group, members in work:
+            self._count(group, members)
+
+    def _parts(self, group: Group, members: list[Member]) -> list[Part]:
+        """Those that the fused kernels take, in batches, the others, and edges of int8 blocks apart."""
+        members = [member for member in members if member.p.numel() > 0]
+        members, cut = edges.split(members, self.state_names)
+        batches: list[Batch] = []
+        if "fused" in self.fast_paths and group["fused"] is not False and not group["foreach"]:
+            batches, members = fused_path.split(self.variant, group, members, self.state_names)
+        plain: dict[tuple[Shards, bool], Part] = {}
+        for those, are_edges in ((members, False), (cut, True)):
+            for member in those:
+                key = member.shards, are_edges
+                part = plain.setdefault(key, Part(group, self.variant, [], pending=[] if are_edges else None))
+                part.members.append(member)
+        return [*batches, *plain.values()]
+
+    def _measure(self, parts: Sequence[Part]) -> None:
+        fused_path.measure([part for part in parts if isinstance(part, Batch)], self._carried)
+        for part in parts:
+            if not isinstance(part, Batch) and (part.needs_gradient_sums or part.needs_weight_sums):
+                part.sums = torch.stack([self._sums(part.group, member) for member in part.members])
+
+    def _sums(self, group: Mapping[str, Any], member: Member) -> Tensor:
+        """The sums over a member, (8,) float64, as `Part.sums` has them."""
+        g = self._gradient(group, member)
+        found = {GG: sum_of_squares(g), PEAK: g.abs().amax(), **self._own_sums(member, g)}
+        return torch.stack([found[k].to(found[GG]) if k in found else torch.zeros_like(found[GG]) for k in range(SUMS)])
+
+    def _own_sums(self, member: Member, g: Tensor) -> dict[int, Tensor]:
+        """The variant's own sums, by their columns."""
+        return {}
+
+    def _update_fused(self, batch: Batch) -> None:
+        sums = fused_path.step(batch, self._skip, self._carried)
+        self._squares[batch.shards][_piece(batch.members[0])] = (sums[:, ERROR].sum(), sums[:, GG].sum())
+        if batch.measures_itself:
+            self._keep_peak(batch, sums, sums[:, GG])
+
+    def _keep_peak(self, part: Part, sums: Tensor, norm_square: Tensor) -> None:
+        if part.group["grad_scale"] is not None:
+            peaks = sums[:, PEAK] / norm_square.sqrt().clamp(min=SMALLEST_DIVISOR)
+            self._peaks[part.shards][_piece(part.members[0])] = peaks.max()
+
+    @abstractmethod
+    def _update(self, part: Part) -> None:
+        """Move weights and state of a part on the plain path."""
 
     def _count(self, group: Group, members: Sequence[Member]) -> None:
         """Count the step, or that it was skipped."""
         alike: dict[torch.device, list[dict[str, Tensor]]] = {}
-        for member in members:
-            alike.setdefault(member.state["step"].device, []).append(member.state)
+        for owner in dict.fromkeys(member.owner for member in members):
+            state = self.state[owner]
+            alike.setdefault(state["step"].device, []).append(state)
         for device, states in alike.items():
             amounts: dict[str, float | Tensor] = {"step": 1.0}
             if self._skip is not None:
@@ -301,68 +401,85 @@ class TrainableOptimizer(Optimizer, ABC):
                     for state, count in zip(states, counts.unbind(), strict=True):
                         state[name] = count
 
-    def _rates(self, group: Group, member: Member, dtype: torch.dtype) -> Rates:
+    def _rates(self, group: Mapping[str, Any], member: Member, dtype: torch.dtype) -> Rates:
         """The rates of a parameter's next step, on the plain path."""
         taken = member.state["step"]
         if may_read(group, taken):
             return rates_at(int(taken), group)
         return Rates(*(x.to(dtype) if isinstance(x, Tensor) else x for x in rates_at(taken.double(), group)))
 
-    def _key(self, group: Group, member: Member) -> int | Tensor:
+    def _key(self, group: Mapping[str, Any], member: Member) -> int | Tensor:
         """The key of the random bits with which a parameter's next step is stored."""
         taken = member.state["step"]
         if may_read(group, taken):
             return state_key(group["seed"], int(taken), member.position)
         return state_key(group["seed"], taken.long(), torch.tensor(member.position))
 
-    def _gradient(self, group: Group, member: Member) -> Tensor:
-        """The gradient that the regression sees, in p's compute dtype; it may share p.grad's memory."""
+    def _gradient(self, group: Mapping[str, Any], member: Member) -> Tensor:
+        """The gradient in p's compute dtype, with weight decay and sign; it may share p.grad's memory."""
         p = member.p
         g = member.grad.to(compute_dtype(p))
         if group["weight_decay"] and not group["decoupled_weight_decay"]:
             g = g + (-group["weight_decay"] if group["maximize"] else group["weight_decay"]) * p.to(g.dtype)
-        if group["maximize"]:
-            g = -g
-        if group["grad_scale"] == "rms":
-            g, peak = rms_normalized(g)
-            self._peaks[p] = (peak, torch.ones_like(peak))
-        return g
+        return -g if group["maximize"] else g
 
-    def _apply(self, rule: Rule, group: Group, member: Member, g: Tensor, **block_sums: Any) -> None:
-        """Move one tensor by an elementwise rule, given the sums over its block where p is a piece of one."""
-        p = member.p
+    def _scaled_gradient(self, part: Part, i: int) -> Tensor:
+        """The gradient that the regression of a part's i-th member sees."""
+        g = self._gradient(part.group, part.members[i])
+        if part.totals is None or part.totals.factor is None:
+            return g
+        return g * part.totals.factor[i].to(g.dtype)
+
+    def _apply(self, rule: Rule, part: Part, i: int, **block_sums: Any) -> None:
+        """Move a part's i-th member by an elementwise rule, given the sums over its block."""
+        group, member, g = part.group, part.members[i], self._scaled_gradient(part, i)
         rates = self._rates(group, member, g.dtype)
-        self._squares[p] = apply_(
+        w, state, G = moved(
             rule,
-            p,
+            member,
             g,
-            member.state,
             self.state_names,
+            decoupled_decay(group, rates),
             **rates._asdict(),
-            decay=decoupled_decay(group, rates),
-            key=self._key(group, member),
-            skip=self._skip_on(p.device),
             gamma_max=group["gamma_max"],
             relative_alpha=group["relative_alpha"],
             **block_sums,
         )
+        self._finish(part, i, w, state, G - g, g)
+
+    def _finish(self, part: Part, i: int, w: Tensor, state: Sequence[Tensor], error: Tensor, g: Tensor) -> None:
+        """Store what a member has become, or leave it for `edges.store`."""
+        member = part.members[i]
+        self._squares[member.shards][_piece(member)] = (sum_of_squares(error), sum_of_squares(g))
+        new = New(member, w, self.state_names, state, self._key(part.group, member), self._skip_on(w.device))
+        if part.pending is None:
+            store_(new)
+        else:
+            part.pending.append(new)
 
     def _skip_on(self, device: torch.device) -> Tensor | None:
         return None if self._skip is None else self._skip.to(device)
 
-    def _project(self, group: Group, first: int) -> None:
-        """Project the vector of the group's weights, the `first` of the optimizer's on, onto the ball of max_norm."""
-        scale = (group["max_norm"] / total([sum_of_squares(p) for p in group["params"]]).sqrt()).clamp(max=1.0)
+    def _project(self, group: Group) -> None:
+        """Project the vector of the group's weights onto the ball of radius max_norm."""
+        members = []
+        for i, p in enumerate(group["params"]):
+            members += members_of(self._layout(group, i), p, p, self.state.get(p, {}))
+        squares: dict[Shards, list[Tensor]] = {}
+        for member in members:
+            squares.setdefault(member.shards, []).append(sum_of_squares(member.p))
+        norm = total([all_reduce(total(parts), shards) for shards, parts in squares.items()]).sqrt()
+        scale = (group["max_norm"] / norm).clamp(max=1.0)
         if self._skip is not None:
             scale = torch.where(self._skip.to(scale.device), 1.0, scale)
         lr = torch.as_tensor(group["lr"])
         scale = torch.where(lr.to(scale.device) > 0, scale, 1.0)  # with lr 0 no weight changes at all
-        for position, p in enumerate(group["params"], first):
-            dtype = compute_dtype(p)
-            bits = None
+        for member in members:
+            p, bits = member.p, None
             if p.dtype == torch.bfloat16:
-                steps = int(self.state[p]["step"]) if self.state[p] else 0
-                bits = random_bits(p, state_key(group["seed"], steps, ~position))  # not those of the next step
+                steps = int(member.state["step"]) if member.state else 0
+                bits = member_bits(member, state_key(group["seed"], steps, ~member.position))  # not the next step's
+            dtype = compute_dtype(p)
             write_(p, p.to(dtype) * scale.to(p.device, dtype), bits, 0)
 
     def estimate_error(self) -> Tensor:
@@ -370,23 +487,32 @@ class TrainableOptimizer(Optimizer, ABC):
 
         0-dim, on the device of the first weights; nothing waits for the device until its value is read
         (``.item()``). g is the gradient that the regression sees: with coupled weight decay and after
-        `grad_scale`. NaN before the first step, and for a gradient of zeros.
+        `grad_scale`. NaN before the first step, and for a gradient of zeros. Where weights are sharded, all processes
+        must call it.
         """
-        if not self._squares:
+        sums = []
+        for shards, pieces in self._squares.items():
+            squares = [torch.stack([x.double() for x in pair]) for pair in pieces.values()]
+            sums.append(all_reduce(_folded(squares, torch.Tensor.add, torch.zeros(2, dtype=torch.float64)), shards))
+        if not sums:
             return torch.tensor(torch.nan)
-        error, norm = (total(parts) for parts in zip(*self._squares.values(), strict=True))
+        error, norm = _folded(sums, torch.Tensor.add)
         return (error / norm).sqrt()
 
     def gradient_peak(self) -> Tensor:
         """The largest share ``max|g| / ||g||`` that one element had of its tensor's gradient in the last step.
 
         0-dim. With ``grad_scale="rms"`` a value near 1 says that one huge element has scaled all the others of
-        its tensor down to nothing. NaN without `grad_scale`, and before the first step.
+        its tensor down to nothing. NaN without `grad_scale`, and before the first step. Where weights are sharded, all
+        processes must call it.
         """
-        if not self._peaks:
+        if not any(group["grad_scale"] for group in self.param_groups):
             return torch.tensor(torch.nan)
-        shares = [(peak / norm.sqrt().clamp(min=SMALLEST_DIVISOR)).max() for peak, norm in self._peaks.values()]
-        return torch.stack([share.to(shares[0].device) for share in shares]).max()
+        peaks = [
+            all_reduce(_folded(list(pieces.values()), torch.maximum, torch.zeros((), dtype=torch.float64)), shards, MAX)
+            for shards, pieces in self._peaks.items()
+        ]
+        return _folded(peaks, torch.maximum) if peaks else torch.tensor(torch.nan)
 
     def skipped_steps(self) -> Tensor:
         """How many steps `skip_nonfinite` has skipped, over all runs of this state; 0-dim, on the weights' device."""
@@ -411,17 +537,27 @@ def _counting_device(group: Group, p: Tensor) -> torch.device:
     return p.device if group["capturable"] or group["skip_nonfinite"] else torch.device("cpu")
 
 
-def _nonfinite(work: Sequence[tuple[Group, list[Batch], list[Member]]]) -> Tensor | None:
+def _piece(member: Member) -> Piece:
+    return member.position, member.first
+
+
+def _folded(parts: Sequence[Tensor], by: Callable[[Tensor, Tensor], Tensor], of_none: Tensor | None = None) -> Tensor:
+    """All parts in one, on the first one's device."""
+    if not parts:
+        assert of_none is not None
+        return of_none
+    return reduce(by, [part.to(parts[0].device) for part in parts])
+
+
+def _nonfinite(work: Sequence[tuple[Group, list[Member]]], parts: Sequence[Part]) -> Tensor | None:
     """Whether any gradient is infinite or NaN, 0-dim bool; None where nobody asks."""
-    if not any(group["skip_nonfinite"] for group, _, _ in work):
+    if not any(group["skip_nonfinite"] for group, _ in work):
         return None
-    finite = []
-    for _, batches, others in work:
-        for batch in batches:
-            if batch.needs_gradient_sums and batch.sums is not None:
-                finite.append(batch.sums[:, GG].isfinite().all())
-            else:
-                finite += [g.isfinite().all() for g in batch.grads]
-        finite += [member.grad.isfinite().all() for member in others]
-    flags = [x.full_tensor() if isinstance(x, DTensor) else x for x in finite] or [torch.tensor(True)]
-    return ~torch.stack([x.to(flags[0].device) for x in flags]).all()
+    finite = [torch.ones((), dtype=torch.bool)]
+    for part in parts:
+        if part.totals is not None:
+            finite.append(part.totals.norm_square.isfinite().all())
+        else:
+            finite += [member.grad.isfinite().all() for member in part.members]
+    device = finite[-1].device
+    return ~torch.stack([x.to(device) for x in finite]).all()

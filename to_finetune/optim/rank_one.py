@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from to_finetune.optim import rules
-from to_finetune.optim.kernels.batch import Member
-from to_finetune.optim.optimizer import Group, TrainableOptimizer, total
+from to_finetune.optim.blocks import UB, UG, UU, VW, WW, Part
+from to_finetune.optim.optimizer import Group, TrainableOptimizer, compute_dtype
 from to_finetune.optim.rules import RankOneSums
-from to_finetune.optim.state import new_state, read
+from to_finetune.optim.sharding import Member
+from to_finetune.optim.state import fill_, read
 
 
 class RankOneTO(TrainableOptimizer):
@@ -23,24 +26,24 @@ class RankOneTO(TrainableOptimizer):
     fast_paths = ("fused",)
     variant = "rank_one"
 
-    def _initial_state(self, group: Group, p: Tensor) -> dict[str, Tensor]:
-        state = super()._initial_state(group, p)
-        block = group["params"] if group["scope"] == "group" else [p]
-        n = max(1, sum(q.numel() for q in block))
-        state.update(new_state(p, "v", state["v"].dtype, n**-0.5))
-        return state
+    def _start(self, group: Group, members: Sequence[Member]) -> None:
+        for member in members:
+            fill_(member.state, "v", max(1, self._block_size(group, member)) ** -0.5)
 
-    def _update(self, group: Group, members: list[Member]) -> None:
+    def _block_size(self, group: Group, member: Member) -> int:
         if group["scope"] == "tensor":
-            for member in members:
-                self._apply(rules.rank_one, group, member, self._gradient(group, member))
-            return
-        grads = [self._gradient(group, member) for member in members]
-        parts = [self._sums(member, g) for member, g in zip(members, grads, strict=True)]
-        sums = [total(column) for column in zip(*parts, strict=True)]
-        for member, g in zip(members, grads, strict=True):
-            self._apply(rules.rank_one, group, member, g, sums=RankOneSums(*(s.to(g) for s in sums)))
+            return member.numel
+        layouts = (self._layout(group, i) for i in range(len(group["params"])))
+        return sum(run.numel for layout in layouts for run in layout.runs)
 
-    def _sums(self, member: Member, g: Tensor) -> RankOneSums:
+    def _own_sums(self, member: Member, g: Tensor) -> dict[int, Tensor]:
         state = [read(member.state, name, g.dtype) for name in self.state_names]
-        return rules.rank_one_sums(member.p.to(g.dtype), g, *state)
+        sums = rules.rank_one_sums(member.p.to(g.dtype), g, *state)
+        return {VW: sums.vw, WW: sums.ww, UU: sums.uu, UB: sums.ub, UG: sums.ug}
+
+    def _update(self, part: Part) -> None:
+        assert part.totals is not None
+        for i, member in enumerate(part.members):
+            dtype = compute_dtype(member.p)
+            sums = RankOneSums(*(column[i].to(dtype) for column in part.totals.block))
+            self._apply(rules.rank_one, part, i, sums=sums)

@@ -67,13 +67,11 @@ class release_gradients:
         self._clip = clip_tensor_norm
         self._passes: dict[Tensor, int] = {}
         self._handles = []
-        position = 0
-        for index, group in enumerate(optimizer.param_groups):
-            for p in group["params"]:
-                self._handles.append(p.register_post_accumulate_grad_hook(self._hook(index, position)))
-                position += 1
+        for group_index, group in enumerate(optimizer.param_groups):
+            for index, p in enumerate(group["params"]):
+                self._handles.append(p.register_post_accumulate_grad_hook(self._hook(group_index, index)))
 
-    def _hook(self, group_index: int, position: int) -> Callable[[Tensor], None]:
+    def _hook(self, group_index: int, index: int) -> Callable[[Tensor], None]:
         def step(p: Tensor) -> None:
             _check_process(p)
             self._passes[p] = self._passes.get(p, 0) + 1
@@ -83,7 +81,7 @@ class release_gradients:
             assert p.grad is not None
             if self._clip is not None:
                 torch.nn.utils.clip_grad_norm_([p], self._clip)
-            self._optimizer.step_parameter(group_index, position, p)
+            self._optimizer.step_parameter(group_index, index)
             p.grad = None
 
         return step

@@ -28,7 +28,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate
 
 SMALLEST_DIVISOR = 1e-30  # keeps every quotient finite in float32; squares below it count as zero
 Scalar = float | Tensor  # a Python number, or a 0-dim tensor (one value a member under vmap)
@@ -224,7 +223,7 @@ def rms_normalized(g: Tensor) -> tuple[Tensor, Tensor]:
     element has silenced all the others, ``1/sqrt(n)`` when all are alike.
     """
     norm = sum_of_squares(g).sqrt()
-    return g * rms_factor(norm, g.numel()).to(g.dtype), _divide(largest(g), norm).to(g.dtype)
+    return g * rms_factor(norm, g.numel()).to(g.dtype), _divide(g.abs().amax(), norm).to(g.dtype)
 
 
 def rms_factor(norm: Tensor, n: float | Tensor) -> Tensor:
@@ -243,16 +242,6 @@ def guard_room(gamma_max: float | None, beta: Scalar) -> Scalar | None:
         return None
     room = gamma_max - beta
     return room.clamp(min=0.0) if isinstance(room, Tensor) else max(room, 0.0)
-
-
-def largest(x: Tensor) -> Tensor:
-    """``max|x|``, 0-dim; a process's part of a sharded x may be empty, which torch's own maximum refuses."""
-    if not isinstance(x, DTensor):
-        return x.abs().amax()
-    local = x.to_local()
-    part = local.abs().amax() if local.numel() else local.new_zeros(())
-    placements = [Partial("max") if place.is_shard() else place for place in x.placements]
-    return DTensor.from_local(part, x.device_mesh, placements).redistribute(placements=[Replicate()] * len(placements))
 
 
 def sum_of_squares(x: Tensor) -> Tensor:

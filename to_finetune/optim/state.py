@@ -14,7 +14,6 @@ their codes. 33 bytes hold 32 numbers.
 
 from __future__ import annotations
 
-import math
 from typing import TypeVar
 
 import torch
@@ -36,27 +35,29 @@ def exponents_name(name: str) -> str:
     return f"{name}_exponent"
 
 
-def new_state(p: Tensor, name: str, dtype: torch.dtype, value: float = 0.0) -> dict[str, Tensor]:
-    """State of p's shape that is `value` everywhere: one tensor, and with int8 its uint8 exponents, one a block.
+def blocks_of(first: int, count: int) -> int:
+    """How many blocks of 32 hold these weights, `count` from the flattened parameter's `first` on."""
+    return (first + count - 1) // BLOCK - first // BLOCK + 1 if count else 0
 
-    Raises:
-        RuntimeError: for int8 state of a sharded p.
-    """
-    if dtype != torch.int8:
-        return {name: torch.full_like(p, value, dtype=dtype)}
-    if isinstance(p, DTensor):  # a plain tensor of a shard's exponents would be taken for the same on all processes
-        raise RuntimeError("state_dtype=torch.int8 is not available for sharded weights; use torch.bfloat16.")
-    blocks = math.ceil(p.numel() / BLOCK)
-    state = {
-        name: torch.zeros_like(p, dtype=torch.int8),
-        exponents_name(name): torch.zeros(blocks, dtype=torch.uint8, device=p.device),
-    }
-    if value:
-        filled = torch.full(p.shape, value, device=p.device)
-        codes, exponents = encode(filled, torch.full(p.shape, 1 << 15, device=p.device))
-        state[name].copy_(codes)
-        state[exponents_name(name)].copy_(exponents)
+
+def new_state(p: Tensor, name: str, dtype: torch.dtype, blocks: int) -> dict[str, Tensor]:
+    """State of p's shape that is zero: one tensor, and with int8 its uint8 exponents, one for each of `blocks`."""
+    state = {name: torch.zeros_like(p, dtype=dtype)}
+    if dtype == torch.int8:
+        state[exponents_name(name)] = torch.zeros(blocks, dtype=torch.uint8, device=p.device)
     return state
+
+
+def fill_(state: dict[str, Tensor], name: str, value: float) -> None:
+    """Set new state of a member to `value` everywhere."""
+    target, exponents = state[name], state.get(exponents_name(name))
+    if exponents is None:
+        target.fill_(value)
+        return
+    nearest = torch.full(target.shape, 1 << 15, device=target.device)
+    codes, new_exponents = encode(torch.full(target.shape, value, device=target.device), nearest)
+    target.copy_(codes)
+    exponents.copy_(new_exponents[:1].expand_as(exponents))  # the same value in every block, wherever it is cut
 
 
 def read(state: dict[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
@@ -74,6 +75,7 @@ def write_(
     stream: int,
     exponents: Tensor | None = None,
     skip: Tensor | None = None,
+    peak: Tensor | None = None,
 ) -> None:
     """Store `value` in `target`, in its format.
 
@@ -84,13 +86,11 @@ def write_(
         stream: 0 for weights, 1, 2, ... for their state.
         exponents: those of int8 state.
         skip: 0-dim bool; where it is true nothing changes.
+        peak: of int8, for a piece of one block: the block's largest absolute value, 0-dim.
     """
-    if isinstance(value, DTensor):  # an operation may have chosen another sharding for it
-        assert isinstance(target, DTensor)
-        value = value.redistribute(placements=target.placements)
     if exponents is not None:
         assert bits is not None
-        value, new_exponents = encode(value.float(), random16(bits, stream))
+        value, new_exponents = encode(value.float(), random16(bits, stream), peak)
         exponents.copy_(new_exponents if skip is None else torch.where(skip, exponents, new_exponents))
     elif target.dtype == torch.bfloat16:
         assert bits is not None
@@ -100,9 +100,6 @@ def write_(
 
 def round_to_bfloat16(x: Tensor, random: Tensor) -> Tensor:
     """float32 as bfloat16: up with the probability of the bits that are cut off; random: 16 bits an element."""
-    if isinstance(x, DTensor):
-        local = round_to_bfloat16(x.to_local(), random)
-        return DTensor.from_local(local, x.device_mesh, x.placements, shape=x.shape, stride=x.stride())
     bits = x.view(torch.int32)
     return torch.where(x.isnan(), bits, bits + random.to(torch.int32)).bitwise_and(-0x10000).view(x.dtype).bfloat16()
 
@@ -113,14 +110,15 @@ def decode(codes: Tensor, exponents: Tensor) -> Tensor:
     return _unblocked(c * c.abs() * _power(exponents.int()).unsqueeze(1), codes.shape)
 
 
-def encode(x: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
+def encode(x: Tensor, random: Tensor, peak: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """float32 as int8 codes of the same shape and uint8 exponents, one for 32 elements; random: 16 bits an element.
 
+    A piece of one block takes the whole block's `peak`, its largest absolute value, 0-dim.
     A block that holds an infinity or NaN (or a number within 0.1 % of float32's largest) gets exponent 255 and reads
     back as non-finite.
     """
     blocks = _blocks(x)
-    peak = blocks.abs().amax(1)
+    peak = blocks.abs().amax(1) if peak is None else peak.expand(len(blocks))
     exponents = ((peak / LARGEST).view(torch.int32) + 0x7FFFFF) >> 23
     exponents = torch.where(peak <= 3.4e38, exponents, 255)
     inverse = torch.where(exponents < 254, _power((254 - exponents).clamp(min=0)), 0.0)
@@ -130,6 +128,26 @@ def encode(x: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
     codes = low + (u * (2 * low + 1) < y - low * low)
     codes = torch.where(blocks.isnan() | blocks.isinf(), 0.0, codes.copysign(blocks))
     return _unblocked(codes, x.shape).to(torch.int8), exponents.to(torch.uint8)
+
+
+def pack(codes: Tensor, exponents: Tensor, first: int) -> Tensor:
+    """int8 state of a run of weights as int16, each code with its block's exponent: it can be cut anywhere.
+
+    Args:
+        codes: int8, flat.
+        exponents: uint8, of the blocks that the run touches.
+        first: the index of the run's first weight in the flattened parameter.
+    """
+    own = exponents.int().repeat_interleave(BLOCK)[first % BLOCK :][: len(codes)]
+    return ((own << 8) | (codes.int() & 0xFF)).to(torch.int16)
+
+
+def unpack_(codes: Tensor, exponents: Tensor, packed: Tensor, first: int) -> None:
+    """Write what `pack` made back into int8 state, of the same weights in any layout."""
+    codes.copy_(packed.to(torch.int8))
+    own = (packed.int() >> 8) & 0xFF
+    starts = torch.arange(len(exponents), device=packed.device) * BLOCK - first % BLOCK
+    exponents.copy_(own[starts.clamp(min=0)])
 
 
 def state_key(seed: int, steps: Integer, positions: Integer) -> Integer:

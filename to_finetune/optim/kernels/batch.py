@@ -9,15 +9,17 @@ from __future__ import annotations
 import operator
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from itertools import chain
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from to_finetune.optim.blocks import Part, is_group_wide, to_device
+from to_finetune.optim.sharding import Member, local
 from to_finetune.optim.state import exponents_name
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -25,67 +27,54 @@ VARIANTS = {"diagonal": 0, "rank_one": 1}
 STATES = 3  # columns of the table for state, more than Diagonal needs
 NUMEL, KEY, COLUMNS = 8, 10, 11
 LR, DECAY, WEIGHT_DECAY, FACTOR, BETA, KEEP, OWN, SCALARS = 0, 1, 2, 3, 4, 5, 6, 10
-GG, PEAK, UG, WW, VW, UU, UB, ERROR = range(8)
-
-
-class Member(NamedTuple):
-    """A parameter, its index among all parameters of the optimizer, its gradient and its state."""
-
-    position: int
-    p: Tensor
-    grad: Tensor
-    state: dict[str, Tensor]
 
 
 @dataclass
-class Batch:
-    """Tensors of one group, one device and one set of formats, stepped by one launch.
+class Batch(Part):
+    """Members of one group, one device and one set of formats, stepped by one launch.
 
     Attributes:
         formats: numbers of the variant and of the formats of weights, gradients and state, as the kernels know them.
         pointers: the addresses of the weights.
         aligned: whether all addresses are multiples of 16.
-        table: (tensors, 11) int64 on the kernels' device; its KEY is at first the parameter's index in the optimizer.
-        held: the sums over weights and state that the last step left and that still hold, (tensors, 8) float64.
-        sums: what the first pass found, (tensors, 8) float64; None where there is none, or none by itself.
+        table: (members, 11) int64 on the kernels' device; its KEY is at first the parameter's index in the optimizer.
+        held: the sums over weights and state that the last step left and that still hold, (members, 8) float64.
     """
 
-    kernels: ModuleType
-    group: Mapping[str, Any]
-    formats: tuple[int, int, int, int]
-    params: list[Tensor]
-    grads: list[Tensor]
-    states: list[dict[str, Tensor]]
-    pointers: list[int]
-    aligned: bool
-    table: Tensor
+    kernels: ModuleType = field(kw_only=True)
+    formats: tuple[int, int, int, int] = field(kw_only=True)
+    grads: list[Tensor] = field(kw_only=True)
+    pointers: list[int] = field(kw_only=True)
+    aligned: bool = field(kw_only=True)
+    table: Tensor = field(kw_only=True)
     held: Tensor | None = None
-    sums: Tensor | None = None
+
+    @property
+    def params(self) -> list[Tensor]:
+        return [member.p for member in self.members]
+
+    @property
+    def states(self) -> list[dict[str, Tensor]]:
+        return [member.state for member in self.members]
 
     @property
     def is_rank_one(self) -> bool:
         return self.formats[0] == VARIANTS["rank_one"]
 
     @property
-    def needs_weight_sums(self) -> bool:
-        return self.is_rank_one or self.group["relative_alpha"]
-
-    @property
-    def needs_gradient_sums(self) -> bool:
-        return self.is_rank_one or self.group["grad_scale"] is not None or self.group["skip_nonfinite"]
-
-    @property
     def measures_itself(self) -> bool:
         """Whether the first pass is part of the second: on the CPU, where no sum concerns more than one tensor."""
         return hasattr(self.kernels, "measure_and_update") and not (
-            self.group["skip_nonfinite"] or (self.group["scope"] == "group" and self.needs_weight_sums)
+            self.shards or self.group["skip_nonfinite"] or is_group_wide(self.variant, self.group)
         )
 
-    def numels(self) -> Tensor:
-        return self.table[:, NUMEL].double()
+    @property
+    def may_carry(self) -> bool:
+        """Whether a change of the weights from outside would be seen. DeepSpeed writes its partitions through .data."""
+        return all(member.p is local(member.owner) for member in self.members)
 
     def constants(self) -> Tensor:
-        """(tensors, 10) float32: of the scalars those that `reduce` needs."""
+        """(members, 10) float32: of the scalars those that `reduce` needs."""
         return rows([0.0, 0.0, *signed_decay_and_sign(self.group), *[0.0] * (SCALARS - 4)], self)
 
 
@@ -98,19 +87,20 @@ class Carried:
     def __init__(self, batch: Batch, sums: Tensor) -> None:
         self.sums = sums
         self._params, self._pointers = batch.params, batch.pointers
-        self._versions = [p._version for p in batch.params]
+        self._versions = [p._version for p in self._params]
 
     def holds_for(self, batch: Batch) -> bool:
+        params = batch.params
         return (
-            len(self._params) == len(batch.params)
-            and all(map(operator.is_, self._params, batch.params))
+            len(self._params) == len(params)
+            and all(map(operator.is_, self._params, params))
             and self._pointers == batch.pointers
-            and self._versions == [p._version for p in batch.params]
+            and self._versions == [p._version for p in params]
         )
 
 
 def make_batch(
-    kernels: ModuleType, variant: str, group: Mapping[str, Any], members: Sequence[Member], names: Sequence[str]
+    kernels: ModuleType, variant: str, group: Mapping[str, Any], members: list[Member], names: Sequence[str]
 ) -> Batch:
     ps, states = [member.p for member in members], [member.state for member in members]
     grads = [member.grad.contiguous() for member in members]
@@ -126,17 +116,18 @@ def make_batch(
         *([state[name].data_ptr() for state in states] for name in exponents),
         *[unused] * (STATES - len(exponents)),
     ]
-    columns = [*addresses, [p.numel() for p in ps], unused, [member.position for member in members]]
+    first = [member.first or 0 for member in members]
+    columns = [*addresses, [p.numel() for p in ps], first, [member.position for member in members]]
     table = torch.frombuffer(array("q", chain.from_iterable(zip(*columns, strict=True))), dtype=torch.int64)
     aligned = reduce(operator.or_, chain.from_iterable(addresses[: 2 + len(names)])) % 16 == 0
     device = ps[0].device
     return Batch(
+        group,
+        variant,
+        members,
         kernels=kernels,
-        group=group,
         formats=(VARIANTS[variant], FORMATS[ps[0].dtype], FORMATS[grads[0].dtype], FORMATS[state_dtype]),
-        params=ps,
         grads=grads,
-        states=states,
         pointers=pointers,
         aligned=aligned,
         table=to_device(table.view(-1, COLUMNS), device),
@@ -152,19 +143,6 @@ def signed_decay_and_sign(group: Mapping[str, Any]) -> tuple[float, float]:
 def rows(row: Sequence[float], batch: Batch) -> Tensor:
     """The same scalars for all tensors."""
     return to_device(torch.tensor(row).expand(len(batch.params), SCALARS).contiguous(), batch.table.device)
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A small array that was made on the host, on the kernels' device, without waiting for it."""
-    if device.type == "cpu":
-        return x
-    pinned = x.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
-        _READ_BY_GRAPHS.append(pinned)
-    return pinned.to(device, non_blocking=True)
-
-
-_READ_BY_GRAPHS: list[Tensor] = []  # a CUDA graph copies them again at each replay, and may live as long as the process
 
 
 def as_vector(states: Sequence[dict[str, Tensor]], name: str) -> Tensor:

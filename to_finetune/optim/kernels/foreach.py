@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from to_finetune.optim.rules import guard_room, guarded, mean_of_squares, relative
+from to_finetune.optim.rules import guard_room, guarded, relative
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
 Scalar = Any  # a number or a 0-dim tensor, for which torch's stubs have no common type
@@ -24,13 +24,15 @@ def diagonal(
     beta: Scalar,
     decay: Scalar,
     gamma_max: float | None,
-    relative_alpha: bool,
-    mean_square: Tensor | None,
+    mean_squares: list[Tensor] | None,
 ) -> tuple[Tensors, Tensors, Tensors, Tensors]:
-    """`rules.diagonal` on lists of tensors of one device and dtype, and the decoupled decay: new w, a, b and G."""
+    """`rules.diagonal` on lists of tensors of one device and dtype, and the decoupled decay: new w, a, b and G.
+
+    mean_squares: with `relative_alpha`, the mean of w^2 over the block of each tensor.
+    """
     target = torch._foreach_sub(g, torch._foreach_mul(a, w))
     r = torch._foreach_sub(b, target)
-    gain = torch._foreach_mul(w, _alphas(w, alpha, guard_room(gamma_max, beta), relative_alpha, mean_square))
+    gain = torch._foreach_mul(w, _alphas(w, alpha, guard_room(gamma_max, beta), mean_squares))
     new_a = torch._foreach_sub(a, torch._foreach_mul(gain, r))
     new_b = torch._foreach_mul(b, 1 - beta)
     torch._foreach_add_(new_b, torch._foreach_mul(target, beta))
@@ -44,12 +46,9 @@ def _alphas(
     w: Tensors,
     alpha: Scalar,
     room: Scalar | None,
-    relative_alpha: bool,
-    mean_square: Tensor | None,
+    mean_squares: list[Tensor] | None,
 ) -> list[Any]:
-    alphas = [alpha] * len(w)
-    if relative_alpha:
-        alphas = [relative(alpha, mean_of_squares(x) if mean_square is None else mean_square) for x in w]
+    alphas = [alpha] * len(w) if mean_squares is None else [relative(alpha, x) for x in mean_squares]
     if room is None:
         return alphas
     return [guarded(alpha, room, x * x) for alpha, x in zip(alphas, w, strict=True)]

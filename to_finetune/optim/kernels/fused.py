@@ -17,33 +17,24 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.distributed.tensor import DTensor
 
+from to_finetune.optim.blocks import ERROR, WW, Totals, to_device
 from to_finetune.optim.kernels.batch import (
-    ERROR,
     FACTOR,
     FORMATS,
-    GG,
     KEY,
     OWN,
-    PEAK,
-    UB,
-    UG,
-    UU,
-    VW,
-    WW,
     Batch,
     Carried,
-    Member,
     as_vector,
     make_batch,
     may_read,
     rows,
     signed_decay_and_sign,
-    to_device,
 )
-from to_finetune.optim.rules import RankOneSums, guard_room, rank_one_scalars, relative, rms_factor
+from to_finetune.optim.rules import RankOneSums, guard_room, rank_one_scalars, relative
 from to_finetune.optim.schedules import decoupled_decay, rates_at
+from to_finetune.optim.sharding import Member
 from to_finetune.optim.state import state_key
 
 
@@ -76,35 +67,33 @@ def split(
     """The members whose device, layout and formats the kernels know, in batches of the same, and the others."""
     alike: dict[Any, tuple[ModuleType | None, list[Member]]] = {}
     others = []
-    first, *rest = names
     for member in members:
         p, state = member.p, member.state
-        kind = (p.get_device(), p.dtype, member.grad.dtype, state[first].dtype, type(p))
+        dtype = state[names[0]].dtype
+        kind = (p.get_device(), p.dtype, member.grad.dtype, dtype, type(p), member.shards)
         if kind not in alike:
             alike[kind] = (_kernels(p, kind[1:4]), [])
         kernels, batch = alike[kind]
-        contiguous = p.is_contiguous() and state[first].is_contiguous() and state[rest[0]].is_contiguous()
-        if kernels is None or not contiguous or not state[rest[-1]].is_contiguous():
+        scattered = member.first is None and (p.dtype != torch.float32 or dtype != torch.float32)  # needs its indices
+        if kernels is None or scattered or not (p.is_contiguous() and all(state[x].is_contiguous() for x in names)):
             others.append(member)
         else:
             batch.append(member)
-    if others and group["scope"] == "group":  # a block is not cut in two
-        return [], members
     batches = ((kernels, batch) for kernels, batch in alike.values() if kernels is not None and batch)
     return [make_batch(kernels, variant, group, batch, names) for kernels, batch in batches], others
 
 
 def _kernels(p: Tensor, formats: Sequence[torch.dtype]) -> ModuleType | None:
     """Those for weights like p, with these formats of weights, gradients and state."""
-    if isinstance(p, DTensor) or not all(x in FORMATS for x in formats):
+    if not all(x in FORMATS for x in formats):
         return None
     return kernels_for(p.device.type)
 
 
-def measure(batches: Sequence[Batch], carried: Mapping[Tensor, Carried]) -> None:
+def measure(batches: Sequence[Batch], carried: Mapping[int, Carried]) -> None:
     """The first pass, where one is needed: fills in each batch's `held` and `sums`."""
     for batch in batches:
-        known = carried.get(batch.params[0]) if batch.needs_weight_sums else None
+        known = carried.get(batch.members[0].position) if batch.needs_weight_sums and batch.may_carry else None
         if known is not None and known.holds_for(batch):
             batch.held = known.sums
         unknown = batch.needs_weight_sums and batch.held is None
@@ -118,34 +107,30 @@ def measure(batches: Sequence[Batch], carried: Mapping[Tensor, Carried]) -> None
             batch.sums = batch.held
 
 
-def step(batches: Sequence[Batch], skip: Tensor | None, carried: dict[Tensor, Carried]) -> list[Tensor]:
-    """The second pass over all batches of a group, at the rates of the steps that their state counts.
+def step(batch: Batch, skip: Tensor | None, carried: dict[int, Carried]) -> Tensor:
+    """The second pass, at the rates of the steps that the batch's state counts.
 
     Args:
-        batches: measured, and not yet counted.
+        batch: measured, and not yet counted.
         skip: 0-dim bool; where it is true nothing changes.
-        carried: receives what the next step need not measure again.
+        carried: receives what the next step need not measure again, by the position of the batch's first member.
 
     Returns:
-        The sums of each batch, (tensors, 8) float64; ERROR, GG and PEAK are those of this step.
+        The sums, (members, 8) float64; ERROR and GG are those of this step, and PEAK of a batch that measures itself.
     """
-    scalars = [_scalars(batch) for batch in batches]
-    _add_block_scalars([pair for pair in zip(batches, scalars, strict=True) if pair[0].sums is not None])
-    found = []
-    for batch, own in zip(batches, scalars, strict=True):
-        if batch.measures_itself and (batch.needs_gradient_sums or batch.needs_weight_sums):
-            sums = batch.kernels.measure_and_update(batch, own, batch.needs_weight_sums, batch.held)
-        else:
-            skip_here = None if skip is None else skip.to(own.device)
-            sums = batch.kernels.update(batch, own, batch.needs_weight_sums, skip_here)
-        increment_version(batch.params)
-        if batch.needs_weight_sums:
-            after = sums if skip is None else torch.where(skip.to(own.device), batch.sums, sums)  # type: ignore[arg-type]
-            carried[batch.params[0]] = Carried(batch, after)
-        if batch.sums is not None and batch.group["grad_scale"] is not None:
-            sums[:, PEAK] = batch.sums[:, PEAK] * (sums[:, GG] / batch.sums[:, GG]).sqrt()  # of the scaled gradient
-        found.append(sums)
-    return found
+    own = _scalars(batch)
+    keeps = batch.needs_weight_sums and batch.may_carry
+    if batch.measures_itself and (batch.needs_gradient_sums or batch.needs_weight_sums):
+        sums = batch.kernels.measure_and_update(batch, own, batch.needs_weight_sums, batch.held)
+    else:
+        if batch.totals is not None:
+            _add_block_scalars(own, batch, batch.totals)
+        sums = batch.kernels.update(batch, own, keeps, None if skip is None else skip.to(own.device))
+    increment_version(batch.params)
+    if keeps:
+        after = sums if skip is None else torch.where(skip.to(own.device), batch.sums, sums)  # type: ignore[arg-type]
+        carried[batch.members[0].position] = Carried(batch, after)
+    return sums
 
 
 def _scalars(batch: Batch) -> Tensor:
@@ -184,26 +169,14 @@ def _columns(group: Mapping[str, Any], taken: int | Tensor) -> list[float | Tens
     ]
 
 
-def _add_block_scalars(measured: Sequence[tuple[Batch, Tensor]]) -> None:
+def _add_block_scalars(own: Tensor, batch: Batch, totals: Totals) -> None:
     """Write what depends on the blocks' sums into the scalars: the gradient's scale, and the variant's own."""
-    products = []
-    for batch, own in measured:
-        assert batch.sums is not None
-        ug = batch.sums[:, UG]
-        if batch.group["grad_scale"] == "rms":
-            factor = rms_factor(batch.sums[:, GG].sqrt(), batch.numels()).float()
-            own[:, FACTOR] *= factor
-            ug = ug * factor
-        products.append(torch.stack([*batch.sums[:, [VW, WW, UU, UB]].unbind(1), ug, batch.numels()]))
-    if measured and measured[0][0].group["scope"] == "group":
-        device = products[0].device
-        total = torch.stack([x.sum(1).to(device) for x in products]).sum(0)
-        products = [total.to(x.device).unsqueeze(1).expand_as(x) for x in products]
-    for (batch, own), (vw, ww, uu, ub, ug, n) in zip(measured, products, strict=True):
-        alpha, room = own[:, OWN], own[:, OWN + 1]
-        if batch.is_rank_one:
-            blocks = RankOneSums(*(x.float() for x in (vw, ww, uu, ub, ug, n)))
-            gains = rank_one_scalars(blocks, alpha, room, batch.group["relative_alpha"])
-            own[:, OWN:] = torch.stack(gains, dim=1)
-        elif batch.group["relative_alpha"]:
-            own[:, OWN] = relative(alpha, (ww / n).float())
+    if totals.factor is not None:
+        own[:, FACTOR] *= totals.factor.float()
+    block = totals.block
+    if batch.is_rank_one:
+        sums = RankOneSums(*(x.float() for x in block))
+        gains = rank_one_scalars(sums, own[:, OWN], own[:, OWN + 1], batch.group["relative_alpha"])
+        own[:, OWN:] = torch.stack(gains, dim=1)
+    elif batch.group["relative_alpha"]:
+        own[:, OWN] = relative(own[:, OWN], (block.ww / block.n).float())

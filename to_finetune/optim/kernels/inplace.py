@@ -1,61 +1,70 @@
-"""The plain path: a rule applied to one tensor, and its results stored over the old ones."""
+"""The plain path: a rule applied to one member, and its results stored over the old ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from to_finetune.optim.rules import sum_of_squares
+from to_finetune.optim.sharding import Member
 from to_finetune.optim.state import exponents_name, random_bits, read, write_
 
 Rule = Callable[..., tuple[Tensor, ...]]
-Squares = tuple[Tensor, Tensor]
 
 
-def apply_(
-    rule: Rule,
-    p: Tensor,
-    g: Tensor,
-    state: dict[str, Tensor],
-    names: Sequence[str],
-    *,
-    decay: float | Tensor,
-    key: int | Tensor,
-    skip: Tensor | None,
-    **hyperparameters: Any,
-) -> Squares:
-    """Write a rule's new weights and state over the old ones; returns ``||G - g||^2`` and ``||g||^2``.
+def moved(
+    rule: Rule, member: Member, g: Tensor, names: Sequence[str], decay: float | Tensor, **hyperparameters: Any
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """A rule's new weights, new state and G, in g's dtype.
 
     Args:
         rule: `rules.diagonal` or `rules.rank_one`.
-        p: the weights; with their state, computed in g's dtype and stored in their own.
+        member: the weights and their state, computed in g's dtype.
         g: the gradient, float32 or float64.
-        state, names: the state, and the names of the rule's tensors in its order.
+        names: of the rule's state in its order.
         decay: the decoupled decay's share of the old weights that is taken away, 0 for none.
-        key: of the random bits for storage in fewer bits (`state.state_key`).
-        skip: 0-dim bool; where it is true nothing changes.
         hyperparameters: the rule's keyword arguments.
     """
-    w = p.to(g.dtype)
-    new_w, *new_state, G = rule(w, g, *(read(state, name, g.dtype) for name in names), **hyperparameters)
-    store_(p, new_w - decay * w, state, names, new_state, key, skip)
-    return sum_of_squares(G - g), sum_of_squares(g)
+    w = member.p.to(g.dtype)
+    new_w, *state, G = rule(w, g, *(read(member.state, name, g.dtype) for name in names), **hyperparameters)
+    return new_w - decay * w, state, G
 
 
-def store_(
-    p: Tensor,
-    w: Tensor,
-    state: dict[str, Tensor],
-    names: Sequence[str],
-    values: Sequence[Tensor],
-    key: int | Tensor,
-    skip: Tensor | None = None,
-) -> None:
-    """Store new weights and state, each in its format."""
-    few = any(x.element_size() <= 2 for x in (p, *(state[name] for name in names)))
-    bits = random_bits(p, key) if few else None
-    write_(p, w, bits, 0, skip=skip)
-    for stream, (name, value) in enumerate(zip(names, values, strict=True), start=1):
-        write_(state[name], value, bits, stream, state.get(exponents_name(name)), skip)
+class New(NamedTuple):
+    """What a member is to become.
+
+    Attributes:
+        w: the new weights.
+        names, values: the new state.
+        key: of the random bits for storage in fewer bits (`state.state_key`).
+        skip: 0-dim bool; where it is true nothing changes.
+    """
+
+    member: Member
+    w: Tensor
+    names: Sequence[str]
+    values: Sequence[Tensor]
+    key: int | Tensor
+    skip: Tensor | None
+
+
+def store_(new: New, peaks: Sequence[Tensor] | None = None) -> None:
+    """Store new weights and state, each in its format.
+
+    Args:
+        new: what, and where.
+        peaks: for a piece of one int8 block, one for each state: the largest absolute value of the whole block.
+    """
+    p, state = new.member.p, new.member.state
+    few = any(x.element_size() <= 2 for x in (p, *(state[name] for name in new.names)))
+    bits = member_bits(new.member, new.key) if few else None
+    write_(p, new.w, bits, 0, skip=new.skip)
+    for stream, (name, value) in enumerate(zip(new.names, new.values, strict=True), start=1):
+        peak = None if peaks is None else peaks[stream - 1]
+        write_(state[name], value, bits, stream, state.get(exponents_name(name)), new.skip, peak)
+
+
+def member_bits(member: Member, key: int | Tensor) -> Tensor:
+    """The random bits of a member's weights."""
+    return random_bits(member.owner, key) if member.first is None else random_bits(member.p, key + member.first)

@@ -1,0 +1,162 @@
+"""Sums over blocks: what a step must know of a whole tensor, or a whole group, before any of its weights can move.
+
+The fused kernels and the plain path measure the weights of this process; here their sums become those of the blocks,
+with one all-reduce a step for all blocks that several processes share, whatever their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from to_finetune.optim.kernels.inplace import New
+from to_finetune.optim.rules import RankOneSums, rms_factor
+from to_finetune.optim.sharding import Member, Shards, all_reduce
+
+GG, PEAK, UG, WW, VW, UU, UB, ERROR = range(8)  # columns of sums; g.g, max|g|, u.g, w.w, v.w, u.u, u.b, |G - g|^2
+SUMS = 8
+
+
+class Totals(NamedTuple):
+    """Of the members of a part, one row each.
+
+    Attributes:
+        norm_square: ``||g||^2`` of the whole tensor, before it is scaled.
+        factor: what `grad_scale` multiplies the gradient with; None without.
+        block: the sums over the block.
+    """
+
+    norm_square: Tensor
+    factor: Tensor | None
+    block: RankOneSums
+
+
+@dataclass
+class Part:
+    """Members of one group that are measured and moved together.
+
+    Attributes:
+        sums: over the weights of this process, (members, 8) float64; None where none are needed, or not yet.
+        totals: what `share` makes of them.
+        pending: for pieces of int8 blocks, what they are to become; None where results are stored at once.
+    """
+
+    group: Mapping[str, Any]
+    variant: str
+    members: list[Member]
+    sums: Tensor | None = None
+    totals: Totals | None = None
+    pending: list[New] | None = None
+
+    @property
+    def shards(self) -> Shards:
+        return self.members[0].shards
+
+    @property
+    def needs_weight_sums(self) -> bool:
+        return needs_weight_sums(self.variant, self.group)
+
+    @property
+    def needs_gradient_sums(self) -> bool:
+        return needs_gradient_sums(self.variant, self.group)
+
+
+def needs_weight_sums(variant: str, group: Mapping[str, Any]) -> bool:
+    return variant == "rank_one" or (variant == "diagonal" and group["relative_alpha"])
+
+
+def needs_gradient_sums(variant: str, group: Mapping[str, Any]) -> bool:
+    return variant == "rank_one" or group["grad_scale"] is not None or group["skip_nonfinite"]
+
+
+def is_group_wide(variant: str, group: Mapping[str, Any]) -> bool:
+    """Whether a weight cannot move before all of its group are measured."""
+    return group["scope"] == "group" and needs_weight_sums(variant, group)
+
+
+def share(variant: str, work: Sequence[tuple[Mapping[str, Any], list[Member]]], parts: Sequence[Part]) -> None:
+    """Fill in the totals of the measured parts.
+
+    Args:
+        variant: of the optimizer.
+        work: the groups and all their members, also those without a weight on this process: all processes must bring
+            the same rows to the all-reduce.
+        parts: measured.
+    """
+    tables = _tables(variant, work, parts)
+    for group, members in work:
+        measured = [part for part in parts if part.group is group and part.sums is not None]
+        for part in measured:
+            assert part.sums is not None
+            sums = part.sums
+            if part.shards:
+                rows, table = tables[part.shards]
+                sums = table[_index(rows, part.members, table.device)].to(sums.device)
+            part.totals = _totals(group, sums, part.members)
+        if measured and is_group_wide(variant, group):
+            blocks = [part.totals.block for part in measured if part.totals and not part.shards]
+            for shards, (rows, table) in tables.items():
+                once = list({member.position: member for member in members if member.shards == shards}.values())
+                if once:
+                    blocks.append(_totals(group, table[_index(rows, once, table.device)], once).block)
+            columns = zip(*blocks, strict=True)
+            whole = [torch.stack([x.sum().to(blocks[0].n.device) for x in column]).sum() for column in columns]
+            for part in measured:
+                assert part.totals is not None
+                n = part.totals.block.n
+                part.totals = part.totals._replace(block=RankOneSums(*(x.to(n.device).expand_as(n) for x in whole)))
+
+
+def _tables(
+    variant: str, work: Sequence[tuple[Mapping[str, Any], list[Member]]], parts: Sequence[Part]
+) -> dict[Shards, tuple[dict[int, int], Tensor]]:
+    """For each set of processes: the rows of the parameters that they share, and their sums, (rows, 8) float64."""
+    held: dict[Shards, dict[int, Member]] = {}
+    for group, members in work:
+        if needs_weight_sums(variant, group) or needs_gradient_sums(variant, group):
+            for member in members:
+                if member.shards:
+                    held.setdefault(member.shards, {}).setdefault(member.position, member)
+    tables = {}
+    for shards, of in held.items():
+        rows = {position: row for row, position in enumerate(of)}
+        table = torch.zeros(len(rows), SUMS, dtype=torch.float64, device=next(iter(of.values())).p.device)
+        for part in parts:
+            if part.shards == shards and part.sums is not None:
+                table.index_add_(0, _index(rows, part.members, table.device), part.sums.to(table.device))
+        tables[shards] = rows, all_reduce(table, shards)
+    return tables
+
+
+def _index(rows: Mapping[int, int], members: Sequence[Member], device: torch.device) -> Tensor:
+    return to_device(torch.tensor([rows[member.position] for member in members]), device)
+
+
+def _totals(group: Mapping[str, Any], sums: Tensor, members: Sequence[Member]) -> Totals:
+    """From the sums over whole tensors, each a block; those of the gradient are of the scaled one."""
+    numels = to_device(torch.tensor([float(member.numel) for member in members], dtype=sums.dtype), sums.device)
+    factor, ug = None, sums[:, UG]
+    if group["grad_scale"] == "rms":
+        factor = rms_factor(sums[:, GG].sqrt(), numels)
+        if all(member.p.dtype != torch.float64 for member in members):
+            factor = factor.float()
+        ug = ug * factor
+    vw, ww, uu, ub = sums[:, [VW, WW, UU, UB]].unbind(1)
+    return Totals(sums[:, GG], factor, RankOneSums(vw, ww, uu, ub, ug, numels))
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A small array that was made on the host, on the kernels' device, without waiting for it."""
+    if device.type == "cpu":
+        return x
+    pinned = x.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _READ_BY_GRAPHS.append(pinned)
+    return pinned.to(device, non_blocking=True)
+
+
+_READ_BY_GRAPHS: list[Tensor] = []  # a CUDA graph copies them again at each replay, and may live as long as the process

@@ -1,0 +1,253 @@
+"""Weights in pieces: which run of which parameter this process holds, as DTensors and DeepSpeed's ZeRO lay them out.
+
+Every path of a step works on `Member`s, plain tensors of this process alone. What they are pieces of, and who holds the
+rest, is found here; the sums over whole parameters are in `blocks`. DeepSpeed puts flat partitions in the place of the
+parameters that the optimizer was given; the map back is on those parameters, where DeepSpeed keeps it for its own use.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp
+from torch.distributed.tensor import DTensor
+
+from to_finetune.optim.state import blocks_of, exponents_name, new_state, pack, unpack_
+
+Shards = tuple[ProcessGroup, ...]  # the processes that together hold a parameter; empty where each one has all of it
+
+
+class Member(NamedTuple):
+    """A run of one parameter's flattened weights, with gradient and state: all of the parameter, or a shard of it.
+
+    Attributes:
+        position: the parameter's index among all that the optimizer was given.
+        p, grad, state: of this process, plain tensors; the state's 0-dim counters are the owner's.
+        owner: the tensor in the parameter group whose state this is.
+        numel: the number of weights of the whole parameter.
+        first: the index of the run's first weight in the flattened parameter; None where the weights lie scattered.
+        shards: who holds the rest.
+    """
+
+    position: int
+    p: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+    owner: Tensor
+    numel: int
+    first: int | None = 0
+    shards: Shards = ()
+
+
+class Given(NamedTuple):
+    """The parameters of a group as the optimizer was given them; DeepSpeed replaces them by others."""
+
+    begin: int  # index of the first one among all of the optimizer
+    refs: list[weakref.ref[Tensor]]
+    numels: list[int]
+
+    def position(self, p: Tensor) -> int:
+        return self.begin + next(i for i, ref in enumerate(self.refs) if ref() is p)
+
+
+class Run(NamedTuple):
+    """Where a parameter's run lies in the tensor that holds it: ``length`` elements from ``start`` on."""
+
+    position: int
+    numel: int  # of the whole parameter
+    first: int | None
+    start: int
+    length: int
+
+
+class Layout(NamedTuple):
+    """What an owner holds: one run, or a flat partition's many."""
+
+    runs: list[Run]
+    shards: Shards
+    is_flat: bool = False  # DeepSpeed's
+    is_part: bool = False  # other weights of the group are stepped apart
+
+    def exponents(self) -> int:
+        """How many blocks of 32 the runs touch."""
+        return sum(self._blocks())
+
+    def split(self, exponents: Tensor) -> Sequence[Tensor]:
+        """Those of each run."""
+        return exponents.split(self._blocks())
+
+    def _blocks(self) -> list[int]:
+        return [blocks_of(run.first or 0, run.length) for run in self.runs]
+
+
+def given(params: Sequence[Tensor], begin: int) -> Given:
+    """A record of these parameters that does not keep them alive."""
+    return Given(begin, [weakref.ref(p) for p in params], [p.numel() for p in params])
+
+
+def layout_of(p: Tensor, index: int, known: Given) -> Layout:
+    """What p, the `index`-th of its group's tensors, holds of the parameters that the optimizer was given.
+
+    Raises:
+        RuntimeError: where a wrapper has replaced them in a way that is not understood.
+    """
+    if isinstance(p, DTensor):
+        return _layout_of_dtensor(p, known.begin + index)
+    if getattr(p, "_fsdp_flattened", False) or type(p).__name__ == "FlatParameter":
+        raise RuntimeError("The weights are sharded by FSDP's first version, which hides them; use FSDP2.")
+    if index < len(known.refs) and known.refs[index]() is p:
+        return _whole(p, known.begin + index)
+    originals = [q for ref in known.refs if (q := ref()) is not None]
+    if any(hasattr(q, "_z3_optimizer") for q in originals):
+        return _layout_of_zero3(p, originals, known)
+    if any(hasattr(q, "_hp_mapping") for q in originals):
+        return _layout_of_zero(p, originals, known)
+    if index < len(known.numels) and known.numels[index] == p.numel():  # moved to another device, or cast
+        return _whole(p, known.begin + index)
+    raise RuntimeError(
+        "The optimizer's weights were replaced by others of another size, and nothing says what they hold. "
+        "Under DeepSpeed use a ZeRO stage from 1 to 3."
+    )
+
+
+def members_of(layout: Layout, p: Tensor, grad: Tensor, state: dict[str, Tensor]) -> list[Member]:
+    """The members that p consists of."""
+    if isinstance(p, DTensor):
+        if isinstance(grad, DTensor) and grad.placements != p.placements:
+            grad = grad.redistribute(placements=p.placements)
+        views = {name: local(x) for name, x in state.items()}
+        run = layout.runs[0]
+        return [Member(run.position, local(p), local(grad), views, p, run.numel, run.first, layout.shards)]
+    if not layout.is_flat:
+        run = layout.runs[0]
+        return [Member(run.position, p, grad, state, p, run.numel)]
+    members, block = [], 0
+    for run in layout.runs:
+        blocks = blocks_of(run.first or 0, run.length)
+        views = cut(state, run.start, run.length, block, blocks)
+        block += blocks
+        piece = slice(run.start, run.start + run.length)
+        members.append(Member(run.position, p[piece], grad[piece], views, p, run.numel, run.first, layout.shards))
+    return members
+
+
+def cut(state: Mapping[str, Tensor], start: int, count: int, block: int, blocks: int) -> dict[str, Tensor]:
+    """The state of some of the weights: `count` from `start` on, whose int8 blocks are `blocks` from `block` on."""
+    views = {}
+    for name, x in state.items():
+        if x.dim() == 0:
+            views[name] = x
+        elif name.endswith(exponents_name("")):
+            views[name] = x[block : block + blocks]
+        else:
+            views[name] = x.view(-1)[start : start + count]
+    return views
+
+
+def packed_state(layout: Layout, p: Tensor, state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """p's state with `names` as int16 (`state.pack`), of p's shape and sharded as p is."""
+    packed = {name: x for name, x in state.items() if not name.endswith(exponents_name(""))}
+    for name in names:
+        codes = local(state[name]).reshape(-1)
+        whole = torch.zeros_like(codes, dtype=torch.int16)
+        for run, exponents in zip(layout.runs, layout.split(state[exponents_name(name)]), strict=True):
+            piece = slice(run.start, run.start + run.length)
+            whole[piece] = pack(codes[piece], exponents, run.first or 0)
+        packed[name] = _like(p, whole.view_as(local(p)))
+    return packed
+
+
+def unpacked_state(layout: Layout, p: Tensor, state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The state of which `packed_state` made `state`."""
+    unpacked = dict(state)
+    for name in names:
+        if state[name].dtype != torch.int16:
+            raise ValueError(
+                f"The state {name!r} to load is {state[name].dtype}, not int8, which state_dtype asks for."
+            )
+        packed = local(state[name]).reshape(-1)
+        new = new_state(p, name, torch.int8, layout.exponents())
+        codes = local(new[name]).view(-1)
+        for run, exponents in zip(layout.runs, layout.split(new[exponents_name(name)]), strict=True):
+            piece = slice(run.start, run.start + run.length)
+            unpack_(codes[piece], exponents, packed[piece], run.first or 0)
+        unpacked |= new
+    return unpacked
+
+
+def _like(p: Tensor, part: Tensor) -> Tensor:
+    """This process's part as a tensor that is sharded as p is."""
+    if not isinstance(p, DTensor):
+        return part
+    return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+
+def local(x: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def all_reduce(x: Tensor, shards: Shards, op: ReduceOp.RedOpType = ReduceOp.SUM) -> Tensor:
+    """x of all these processes together, on x's device."""
+    for group in shards:
+        devices = [device.type for device in group._device_types]
+        there = (
+            x.contiguous() if x.device.type in devices else x.to(devices[0])
+        )  # NCCL, and weights in the CPU's memory
+        dist.all_reduce(there, op, group)
+        x = there.to(x.device)
+    return x
+
+
+def _whole(p: Tensor, position: int) -> Layout:
+    return Layout([Run(position, p.numel(), 0, 0, p.numel())], ())
+
+
+def _layout_of_dtensor(p: DTensor, position: int) -> Layout:
+    """A shard of the first dimension, as FSDP2 makes it, is one run of the flattened weights; others are scattered."""
+    mesh = p.device_mesh
+    sharded = [i for i, placement in enumerate(p.placements) if not placement.is_replicate()]
+    if any(p.placements[i].is_partial() for i in sharded):
+        raise RuntimeError("A parameter whose value is a sum over processes (Partial) cannot be stepped.")
+    first: int | None = 0
+    if sharded:
+        first = None
+        if len(sharded) == 1 and p.placements[sharded[0]].is_shard(0):
+            (i,) = sharded
+            rows = p.shape[0]
+            row = min(rows, -(-rows // mesh.size(i)) * mesh.get_local_rank(i))
+            first = row * (p.numel() // rows) if rows else 0
+    run = Run(position, p.numel(), first, 0, local(p).numel())
+    return Layout([run], tuple(mesh.get_group(i) for i in sharded))
+
+
+def _layout_of_zero(p: Tensor, originals: Sequence[Any], known: Given) -> Layout:
+    """ZeRO-1 and 2: this process's partition of the group's parameters, end to end."""
+    runs = []
+    for q in originals:
+        here = getattr(q, "_hp_mapping", None)
+        if here is None:
+            runs.append(Run(known.position(q), q.numel(), 0, 0, 0))
+        else:
+            lies, is_from = here.hp_fragment_address, here.lp_fragment_address
+            runs.append(Run(known.position(q), q.numel(), is_from.start, lies.start, lies.numel))
+    return Layout(runs, (originals[0]._dp_group,), is_flat=True)
+
+
+def _layout_of_zero3(p: Tensor, originals: Sequence[Any], known: Given) -> Layout:
+    """ZeRO-3: a sub-group's parameters, of each this process's equal share, end to end."""
+    zero = originals[0]._z3_optimizer
+    sub_group = next(i for i, flat in enumerate(zero.fp32_partitioned_groups_flat) if flat is p)
+    processes = zero._get_sub_group_process_group(sub_group)
+    rank = dist.get_rank(processes)
+    runs = []
+    for q in zero.fp16_groups[sub_group]:
+        _, start, share = zero.grad_position[zero.get_param_id(q)]
+        first = min(rank * share, q.ds_numel)
+        runs.append(Run(known.position(q), q.ds_numel, first, start, min(share, q.ds_numel - first)))
+    return Layout(runs, (processes,), is_flat=True, is_part=len(runs) < len(known.refs))
