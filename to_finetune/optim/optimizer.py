@@ -29,9 +29,9 @@ from to_finetune.optim.sharding import (
     all_reduce,
     given,
     layout_of,
-    local,
     members_of,
     packed_state,
+    stand_ins,
     unpacked_state,
 )
 from to_finetune.optim.state import new_state, state_key, write_
@@ -134,7 +134,7 @@ class TrainableOptimizer(Optimizer, ABC):
         self._given: list[Given] = []
         self._groups: list[Group] = []
         self._edge_slots: edges.Slots = {}
-        self._forget_last_step()
+        self.forget_last_step()
         defaults = {
             "lr": lr,
             "alpha": alpha,
@@ -170,9 +170,10 @@ class TrainableOptimizer(Optimizer, ABC):
             for group in self.param_groups:
                 self._remember(group["params"])
         self._groups = list(self.param_groups)
-        self._forget_last_step()
+        self.forget_last_step()
 
-    def _forget_last_step(self) -> None:
+    def forget_last_step(self) -> None:
+        """Drop what is remembered of the last step; for whoever changes weights or state behind autograd's back."""
         self._carried: dict[int, Carried] = {}  # by the position of a batch's first member
         self._skip: Tensor | None = None  # whether the last step was skipped, where that is asked for
         self._forget_diagnostics()
@@ -236,7 +237,7 @@ class TrainableOptimizer(Optimizer, ABC):
         for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
             for i, (index, p) in enumerate(zip(packed["params"], group["params"], strict=True)):
                 if group["state_dtype"] == torch.int8 and index in saved["state"]:
-                    yield index, p, group, self._layout(group, i)
+                    yield index, p, group, self._layout(group, i, p)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -258,7 +259,7 @@ class TrainableOptimizer(Optimizer, ABC):
         first = next((member for _, members in work for member in members), None)
         if first is None:
             return
-        if first.p is local(first.owner):  # DeepSpeed steps its partitions one by one
+        if not first.is_flat:  # DeepSpeed steps its partitions one by one
             self._forget_diagnostics()
         self._step_members(work)
         for group, members in work:
@@ -275,29 +276,36 @@ class TrainableOptimizer(Optimizer, ABC):
             index: its index there.
         """
         group = self.param_groups[group_index]
-        self._step_members([(group, self._members_of(group, index, self._layout(group, index)))])
+        p = group["params"][index]
+        self._step_members([(group, self._members_of(group, p, p.grad, self._layout(group, index, p)))])
 
-    def _layout(self, group: Group, index: int) -> Layout:
-        known = next(known for known, own in zip(self._given, self._groups, strict=True) if own is group)
-        layout = layout_of(group["params"][index], index, known)
+    def _known(self, group: Group) -> Given:
+        return next(known for known, own in zip(self._given, self._groups, strict=True) if own is group)
+
+    def _layouts(self, group: Group) -> list[tuple[Tensor, Layout]]:
+        """All tensors of a group, also while ZeRO-3 hides them."""
+        tensors = stand_ins(group["params"], self._known(group))
+        return [(p, self._layout(group, i, p)) for i, p in enumerate(tensors)]
+
+    def _layout(self, group: Group, index: int, p: Tensor) -> Layout:
+        layout = layout_of(p, index, self._known(group))
         check_layout(layout, self.variant, group, len(self._groups))
         return layout
 
     def _members(self, group: Group) -> list[Member]:
         """What this process holds of the group's parameters that have a gradient."""
-        layouts = {i: self._layout(group, i) for i, p in enumerate(group["params"]) if p.grad is not None}
-        return [member for i, layout in layouts.items() for member in self._members_of(group, i, layout)]
+        layouts = [(p, self._layout(group, i, p)) for i, p in enumerate(group["params"]) if p.grad is not None]
+        return [member for p, layout in layouts for member in self._members_of(group, p, p.grad, layout)]
 
-    def _members_of(self, group: Group, index: int, layout: Layout) -> list[Member]:
+    def _members_of(self, group: Group, p: Tensor, grad: Tensor, layout: Layout) -> list[Member]:
         """The members of one tensor of the group, with their state, made here if there is none."""
-        p = group["params"][index]
-        if p.grad.is_sparse:
+        if grad.is_sparse:
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients.")
         state = self.state[p]
         is_new = not state
         if is_new:
             state.update(self._initial_state(group, p, layout.exponents()))
-        members = members_of(layout, p, p.grad, state)
+        members = members_of(layout, p, grad, state)
         if is_new:
             self._start(group, members)
         return members
@@ -334,6 +342,28 @@ class TrainableOptimizer(Optimizer, ABC):
             edges.store(work, [new for part in parts for new in part.pending or ()], self._edge_slots)
         for group, members in work:
             self._count(group, members)
+
+    @torch.no_grad()
+    def held(self) -> list[Member]:
+        """All that this process holds: weights and state, made here if there is none, and no gradients."""
+        pairs = [(group, p, layout) for group in self.param_groups for p, layout in self._layouts(group)]
+        return [member for group, p, layout in pairs for member in self._members_of(group, p, p, layout)]
+
+    def names(self, parameters: Mapping[str, Tensor]) -> list[str]:
+        """The name of each parameter, in the optimizer's order, of those in a model.
+
+        Raises:
+            RuntimeError: where the model does not have one of them.
+        """
+        by_tensor = {p: name for name, p in parameters.items()}
+        names = []
+        for group, known in zip(self.param_groups, self._given, strict=True):
+            for i, ref in enumerate(known.refs):
+                here = [p for p in (ref(), *group["params"][i : i + 1]) if p is not None and p in by_tensor]
+                if not here:
+                    raise RuntimeError(f"The optimizer's parameter {known.begin + i} is not one of the model's.")
+                names.append(by_tensor[here[0]])
+        return names
 
     def _parts(self, group: Group, members: list[Member]) -> list[Part]:
         """Those that the fused kernels take, in batches, the others, and edges of int8 blocks apart."""
@@ -463,8 +493,8 @@ class TrainableOptimizer(Optimizer, ABC):
     def _project(self, group: Group) -> None:
         """Project the vector of the group's weights onto the ball of radius max_norm."""
         members = []
-        for i, p in enumerate(group["params"]):
-            members += members_of(self._layout(group, i), p, p, self.state.get(p, {}))
+        for p, layout in self._layouts(group):
+            members += members_of(layout, p, p, self.state.get(p, {}))
         squares: dict[Shards, list[Tensor]] = {}
         for member in members:
             squares.setdefault(member.shards, []).append(sum_of_squares(member.p))

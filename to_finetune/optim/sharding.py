@@ -43,6 +43,11 @@ class Member(NamedTuple):
     first: int | None = 0
     shards: Shards = ()
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether it lies in a partition of DeepSpeed's."""
+        return self.p is not self.owner and not isinstance(self.owner, DTensor)
+
 
 class Given(NamedTuple):
     """The parameters of a group as the optimizer was given them; DeepSpeed replaces them by others."""
@@ -113,6 +118,35 @@ def layout_of(p: Tensor, index: int, known: Given) -> Layout:
         "The optimizer's weights were replaced by others of another size, and nothing says what they hold. "
         "Under DeepSpeed use a ZeRO stage from 1 to 3."
     )
+
+
+def stand_ins(params: Sequence[Tensor], known: Given) -> Sequence[Tensor]:
+    """A group's tensors: its parameters, or what DeepSpeed puts there; ZeRO-3 does so during a step only."""
+    zero = next((q._z3_optimizer for ref in known.refs if hasattr(q := ref(), "_z3_optimizer")), None)  # type: ignore[union-attr]
+    if params or zero is None:
+        return params
+    own = {id(ref()) for ref in known.refs}
+    return [
+        flat
+        for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
+        if id(group[0]) in own
+    ]
+
+
+def refresh_model(model: Any, members: Sequence[Member]) -> None:
+    """Copy DeepSpeed's partitions, which were changed from outside, into the model's weights on all processes."""
+    if not any(member.is_flat for member in members):
+        return
+    zero = getattr(model, "optimizer", None)
+    if zero is None:
+        raise RuntimeError("Under DeepSpeed the model must be the engine, as accelerator.prepare returns it.")
+    if not hasattr(zero, "fp32_partitioned_groups_flat"):
+        zero.update_lp_params()
+        return
+    for sub_group in range(len(zero.fp32_partitioned_groups_flat)):
+        zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+    if zero.persistent_parameters:
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
 def members_of(layout: Layout, p: Tensor, grad: Tensor, state: dict[str, Tensor]) -> list[Member]:

@@ -1,0 +1,1 @@
+"""One trajectory in every layout."""

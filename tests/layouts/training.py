@@ -1,0 +1,261 @@
+"""One short training, in any layout: alone, or through accelerate under DDP, FSDP2 and DeepSpeed's ZeRO.
+
+A step has twelve rows, shared by the processes; their gradients are whole numbers whose mean is exact, so that every
+layout's optimizer gets the same bits, whatever the order in which a backend adds. One layer is frozen, shapes are odd,
+so that every shard is uneven, and there are two parameter groups, as Hugging Face makes them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy
+
+from to_finetune.optim import DiagonalTO, RankOneTO, TrainableOptimizer
+from to_finetune.optim.checkpoint import load_state, save_state
+
+STEPS, ROWS = 4, 12
+RECOMMENDED = {"alpha": 0.3, "relative_alpha": True, "grad_scale": "rms", "lr": 0.01}
+PAPER = {"alpha": 1e-4, "lr": 1e-4}
+OPTIMIZERS: dict[str, tuple[type[TrainableOptimizer], dict[str, Any]]] = {
+    "diagonal": (DiagonalTO, PAPER),
+    "diagonal-recommended": (DiagonalTO, RECOMMENDED),
+    "diagonal-group": (DiagonalTO, {**RECOMMENDED, "scope": "group"}),
+    "rank_one": (RankOneTO, {**PAPER, "max_norm": 2.0}),
+    "rank_one-recommended": (RankOneTO, RECOMMENDED),
+    "rank_one-group": (RankOneTO, {**RECOMMENDED, "scope": "group", "schedule": "theorem"}),
+}
+STATES = ("float32", "bfloat16", "int8")
+ZERO: dict[str, dict[str, Any]] = {
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3},
+    "zero3-subgroups": {"stage": 3, "sub_group_size": 60},
+    "zero2-offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "zero3-offload": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
+}
+LAYOUTS = ("ddp", "fsdp2", "fsdp2-offload", *ZERO)
+RESUMED_LAYOUTS = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3-offload")
+RESUMED = [(name, state) for name in ("diagonal-recommended", "rank_one-recommended") for state in ("float32", "int8")]
+
+
+def refused(layout: str, optimizer: str) -> str | None:
+    """What says why this combination is refused, if it is."""
+    if layout == "zero3-subgroups" and "scope" in OPTIMIZERS[optimizer][1]:
+        return 'scope="group" needs the gradients of a whole parameter group'
+    if layout == "zero3-subgroups" and "max_norm" in OPTIMIZERS[optimizer][1]:
+        return "max_norm needs the gradients of a whole parameter group"
+    return None
+
+
+class Layer(nn.Linear):
+    """Its loss is linear in its weights, with whole numbers drawn for each row."""
+
+    index = 0
+
+    def forward(self, rows: Sequence[int]) -> Tensor:
+        return sum((p * slopes(rows, self.index + k, p.shape)).sum() for k, p in enumerate(self.parameters()))  # type: ignore[return-value]
+
+
+class Layers(nn.Module):
+    """45 weights in a bias and 45 x 7 and 45 x 3 in matrices: no shard ends where a block of 32 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([Layer(6, 7), Layer(7, 45), Layer(45, 3)])
+        for i, layer in enumerate(self.layers):
+            layer.index = 2 * i
+        self.layers[0].requires_grad_(False)
+
+    def forward(self, rows: Sequence[int]) -> Tensor:
+        return sum(layer(rows) for layer in self.layers)  # type: ignore[return-value]
+
+    def groups(self) -> list[dict[str, Any]]:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        decayed, others = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() == 1]
+        return [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+
+
+def slopes(rows: Sequence[int], parameter: int, shape: torch.Size) -> Tensor:
+    """The mean over rows of multiples of 12, of which there are at most 12."""
+    drawn = []
+    for row in rows:
+        generator = torch.Generator().manual_seed(100 * row + parameter)
+        drawn.append(12 * torch.randint(-8, 9, shape, generator=generator))
+    return (sum(drawn) // len(rows)).float()  # type: ignore[union-attr]
+
+
+def rows_of(step: int, rank: int = 0, world: int = 1) -> list[int]:
+    """The rows of a process in a step."""
+    return [ROWS * step + row for row in range(rank, ROWS, world)]
+
+
+def make(name: str, state: str, model: Layers) -> TrainableOptimizer:
+    variant, options = OPTIMIZERS[name]
+    return variant(model.groups(), **options, decoupled_weight_decay=True, state_dtype=state)
+
+
+def alone(name: str, state: str) -> Layers:
+    """One process, in a plain loop."""
+    model = Layers()
+    optimizer = make(name, state, model)
+    for step in range(STEPS):
+        model(rows_of(step)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def accelerator_for(layout: str) -> Accelerator:
+    """On CPUs, where accelerate by itself knows DDP only."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True)
+    if layout in ZERO:
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 0.0,
+            "zero_optimization": ZERO[layout],
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    accelerator = Accelerator(cpu=True)
+    if layout.startswith("fsdp2"):
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            cpu_offload=CPUOffloadPolicy(pin_memory=False) if layout == "fsdp2-offload" else False,
+            cpu_ram_efficient_loading=False,
+        )
+        AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    return accelerator
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """All trained weights in full precision, of any layout."""
+    weights = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            name = name.removeprefix("module.")
+            if hasattr(p, "get_full_hp_param"):  # ZeRO-1 and 2
+                weights[name] = p.get_full_hp_param()
+            elif hasattr(p, "ds_id"):  # ZeRO-3
+                weights[name] = p._z3_optimizer.get_full_hp_param(p)
+            else:
+                weights[name] = (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+    return weights
+
+
+class Run:
+    """All processes of this launch, through accelerate."""
+
+    def __init__(self, layout: str, name: str, state: str) -> None:
+        self.accelerator = accelerator_for(layout)
+        model = Layers()
+        self.model, self.optimizer = self.accelerator.prepare(model, make(name, state, model))
+
+    def train(self, first: int = 0, last: int = STEPS) -> Run:
+        for step in range(first, last):
+            self.accelerator.backward(self.model(rows_of(step, dist.get_rank(), dist.get_world_size())))
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return self
+
+    def to(self) -> TrainableOptimizer:
+        """The optimizer inside all wrappers."""
+        optimizer = self.optimizer
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+        return optimizer
+
+    def wrappers(self) -> list[str]:
+        found, optimizer = [], self.optimizer
+        while hasattr(optimizer, "optimizer"):
+            optimizer = optimizer.optimizer
+            found.append(type(optimizer).__name__)
+        return found
+
+    def deviation(self, name: str, state: str) -> float:
+        return deviation(whole_weights(self.model), alone(name, state))
+
+
+def deviation(found: dict[str, Tensor], model: Layers) -> float:
+    """The largest difference of any weight from those of one process."""
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert found.keys() == wanted.keys()
+    return max(float((found[name].float() - p).abs().max()) for name, p in wanted.items())
+
+
+def trajectories(rank: int, world: int, folder: str) -> None:
+    """Every layout with every optimizer and state; process 0 writes results.json."""
+    start(rank, world, folder)
+    results: dict[str, Any] = {}
+    for layout, name, state in product(LAYOUTS, OPTIMIZERS, STATES):
+        try:
+            run = Run(layout, name, state).train()
+            found = {
+                "deviation": run.deviation(name, state),
+                "wrappers": run.wrappers(),
+                "steps": sorted({float(x["step"]) for x in run.to().state.values()}),
+                "error": float(run.to().estimate_error()),
+            }
+        except RuntimeError as error:
+            found = {"refused": str(error)}
+        results[f"{layout} {name} {state}"] = found
+    write(results, rank, folder)
+
+
+def resumed(rank: int, world: int, folder: str) -> None:
+    """Half of each run is saved; half of those that other launches have saved is followed by its other half."""
+    start(rank, world, folder)
+    results: dict[str, Any] = {}
+    for (i, layout), (name, state) in product(enumerate(RESUMED_LAYOUTS), RESUMED):
+        for before, saved in product(sorted(Path(folder).glob("*-process")), (layout, RESUMED_LAYOUTS[i - 1])):
+            if before.name != f"{world}-process":
+                run = Run(layout, name, state)
+                load_state(run.model, run.to(), before / f"{saved} {name} {state}")
+                key = f"{before.name} {saved} to {world}-process {layout} {name} {state}"
+                results[key] = run.train(STEPS // 2).deviation(name, state)
+        run = Run(layout, name, state).train(0, STEPS // 2)
+        save_state(run.model, run.to(), Path(folder) / f"{world}-process" / f"{layout} {name} {state}")
+    write(results, rank, folder)
+
+
+def write(results: dict[str, Any], rank: int, folder: str) -> None:
+    """Of process 0, as results.json; then all leave."""
+    if rank == 0:
+        (Path(folder) / "results.json").write_text(json.dumps(results, indent=1))
+    dist.destroy_process_group()
+
+
+def start(rank: int, world: int, folder: str) -> None:
+    """Join the other processes."""
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        DS_ACCELERATOR="cpu",
+    )
+    meeting = Path(folder) / f"meeting-{os.environ['MEETING']}"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+
+
+def launch(function: Callable[..., None], world: int, folder: Path) -> Any:
+    """`function(rank, world, folder)` in processes of their own; returns their results."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["MEETING"] = secrets.token_hex(4)
+    torch.multiprocessing.spawn(function, args=(world, str(folder)), nprocs=world)
+    return json.loads((folder / "results.json").read_text())

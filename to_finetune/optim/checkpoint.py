@@ -1,0 +1,171 @@
+"""Weights and state by the parameters' names, in torch's distributed checkpoint: any layout reads what any other wrote.
+
+Each process writes its own runs of the flattened parameters and reads those that it needs, whatever they were saved
+from: one process, DDP, FSDP2 or DeepSpeed's ZeRO, on any number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from to_finetune.optim.optimizer import COUNTERS, TrainableOptimizer
+from to_finetune.optim.sharding import Member, refresh_model
+from to_finetune.optim.state import exponents_name, pack, unpack_
+
+Folder = str | os.PathLike[str]
+
+
+def save_state(model: nn.Module, optimizer: TrainableOptimizer, folder: Folder, *, weights: bool = True) -> None:
+    """Write the optimizer's state, and the weights that it trains, to `folder`. All processes call it.
+
+    Args:
+        model: whose parameters the optimizer was given, wrapped or not.
+        optimizer: DiagonalTO or RankOneTO, after its first step. Its hyper-parameters are not saved.
+        folder: the same on all processes; what is there of an older checkpoint is replaced.
+        weights: False where they are saved elsewhere. What DeepSpeed keeps in 32 bits beside a 16-bit model is saved
+            even then.
+
+    Raises:
+        RuntimeError: for FullTO, and for weights that are sharded by another dimension than the first.
+    """
+    with _quiet():
+        dcp.save(_Contents(model, optimizer, weights).values, checkpoint_id=folder)
+
+
+def load_state(model: nn.Module, optimizer: TrainableOptimizer, folder: Folder, *, weights: bool = True) -> None:
+    """Read what `save_state` wrote, in any layout and on any number of processes. All processes call it.
+
+    Args:
+        model, optimizer: as they are now: sharded, prepared by accelerate, or plain; under DeepSpeed the engine.
+        folder: of `save_state`.
+        weights: as it was for `save_state`.
+
+    Raises:
+        RuntimeError: as `save_state`, and for a checkpoint of other weights or of another form of state.
+    """
+    contents = _Contents(model, optimizer, weights)
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    for key, value in contents.values.items():
+        found = saved.get(key)
+        if not isinstance(found, TensorStorageMetadata):
+            raise RuntimeError(f"{os.fspath(folder)} holds no {key!r}: it is of other weights or of another optimizer.")
+        if found.size != value.size() or found.properties.dtype != value.dtype:
+            raise RuntimeError(
+                f"{os.fspath(folder)}: {key!r} has {found.size.numel()} numbers of {found.properties.dtype}, not "
+                f"{value.numel()} of {value.dtype}: other weights, or another state_dtype."
+            )
+    with _quiet():
+        dcp.load(contents.values, checkpoint_id=folder)
+    with torch.no_grad():
+        for take in contents.after_loading:
+            take()
+    optimizer.forget_last_step()
+    if weights:
+        refresh_model(model, optimizer.held())
+
+
+class _Contents:
+    """What a checkpoint of this process holds: views of weights and state, and copies of what is stored otherwise."""
+
+    def __init__(self, model: nn.Module, optimizer: TrainableOptimizer, weights: bool) -> None:
+        self.values: dict[str, Tensor] = {}
+        self.after_loading: list[Callable[[], None]] = []
+        parameters = {name.removeprefix("module."): p for name, p in model.named_parameters()}
+        names = optimizer.names(parameters)
+        for member in optimizer.held():
+            name = names[member.position]
+            if member.first is None:
+                raise RuntimeError(f"{name} is sharded by another dimension than its first; its state cannot be saved.")
+            if weights or member.p.dtype != parameters[name].dtype:
+                self._add(name, member, member.p)
+            for key, value in member.state.items():
+                if key in COUNTERS:
+                    self._add_counter(f"{name}.{key}", key, value, optimizer.state[member.owner])
+                elif value.dtype == torch.int8:
+                    self._add_int8(f"{name}.{key}", member, value, member.state[exponents_name(key)])
+                elif not key.endswith(exponents_name("")):
+                    self._add(f"{name}.{key}", member, value)
+
+    def _add(self, key: str, member: Member, value: Tensor) -> None:
+        runs = self.values.setdefault(key, Runs(member.numel, value))
+        assert isinstance(runs, Runs)
+        if value.numel():
+            runs.hold(member.first or 0, value.detach().view(-1))
+
+    def _add_int8(self, key: str, member: Member, codes: Tensor, exponents: Tensor) -> None:
+        first, flat = member.first or 0, codes.view(-1)
+        packed = pack(flat, exponents, first)
+        self._add(key, member, packed)
+        self.after_loading.append(lambda: unpack_(flat, exponents, packed, first))
+
+    def _add_counter(self, key: str, name: str, value: Tensor, state: dict[str, Tensor]) -> None:
+        count = self.values.setdefault(key, value.clone())
+
+        def take() -> None:
+            state[name] = count.clone()
+
+        self.after_loading.append(take)
+
+
+class Runs(Tensor):
+    """A flattened tensor of which this process holds some runs, as torch's distributed checkpoint asks for them."""
+
+    runs: dict[int, Tensor]
+
+    @staticmethod
+    def __new__(cls, numel: int, like: Tensor) -> Runs:
+        self: Runs = torch.Tensor._make_wrapper_subclass(cls, (numel,), dtype=like.dtype, device=like.device)
+        self.runs = {}
+        return self
+
+    def hold(self, first: int, run: Tensor) -> None:
+        self.runs[first] = run
+
+    def _chunks(self) -> Iterator[tuple[ChunkStorageMetadata, Tensor]]:
+        for first, run in self.runs.items():
+            yield ChunkStorageMetadata(torch.Size((first,)), run.size()), run
+
+    def __create_write_items__(self, fqn: str, of: Any) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, TensorProperties.create_from_tensor(run), self.size()),
+            )
+            for chunk, run in self._chunks()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [chunk for chunk, _ in self._chunks()]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None
+        return self.runs[index.offset[0]]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        raise NotImplementedError(f"{func} of a tensor of which only some runs are here")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warnings that there is one process only, and that it uses a deprecated part of itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+        yield
