@@ -24,6 +24,7 @@ from transformers import (
 
 from to_finetune.errors import RunError
 from to_finetune.model import save_trained, select_trainable
+from to_finetune.model.trained import trained_tensors
 from to_finetune.optim import DiagonalTO
 from to_finetune.training import TOTrainer, TOTrainingArguments
 from to_finetune.training.proofs import check_saved, fingerprints
@@ -150,8 +151,8 @@ def test_the_first_step_of_a_warm_up_may_move_nothing(model: PreTrainedModel, tm
 def test_a_file_that_does_not_read_back_fails_the_run(
     finetune: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def save_badly(model: PreTrainedModel, folder: str) -> None:
-        path = save_trained(model, folder)
+    def save_badly(model: PreTrainedModel, *where: Any) -> None:
+        path = save_trained(model, *where)
         tensors = load_file(path)
         next(iter(tensors.values())).view(-1)[0] += 1e-6
         save_file(tensors, path, metadata={"base_model_name_or_path": "x"})
@@ -166,10 +167,10 @@ def test_a_file_that_does_not_read_back_fails_the_run(
 
 def test_a_file_with_other_tensors_does_not_read_back(model: PreTrainedModel, tmp_path: Path) -> None:
     save_trained(model, tmp_path)
-    assert check_saved(model, tmp_path) == 4 * sum(p.numel() for p in trained(model))
+    assert check_saved(trained_tensors(model), tmp_path) == 4 * sum(p.numel() for p in trained(model))
     model.lm_head.requires_grad_(True)
     with pytest.raises(RunError, match="9 tensors were saved where 10 train"):
-        check_saved(model, tmp_path)
+        check_saved(trained_tensors(model), tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -104,10 +104,10 @@ def finish(trainer: TOSFTTrainer, args: FinetuneArguments) -> dict[str, Any]:
         trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
-    if args.should_save and trainer.is_partly_frozen():
-        trainer.engagement.proofs["saved_bytes_read_back"] = check_saved(
-            trainer.accelerator.unwrap_model(trainer.model), args.output_dir
-        )
+    if trainer.is_partly_frozen():
+        trained = trainer.trained_tensors()
+        if args.should_save:
+            trainer.engagement.proofs["saved_bytes_read_back"] = check_saved(trained, args.output_dir)
     return {**summarise(history), "processes": args.world_size}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,13 +25,25 @@ class Base(NamedTuple):
     revision: str | None
 
 
-def save_trained(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Path:
-    """Write the parameters of `model` that require a gradient to `folder`/trained.safetensors, in one rename.
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of `model` that require a gradient, as they are."""
+    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_trained(
+    model: PreTrainedModel, folder: str | os.PathLike[str], tensors: Mapping[str, Tensor] | None = None
+) -> Path:
+    """Write the trained tensors of `model` to `folder`/trained.safetensors, in one rename.
+
+    Args:
+        model: says which base they belong to.
+        folder: made if it is not there.
+        tensors: by name, where the model holds pieces of them only; None for those that `trained_tensors` finds.
 
     Raises:
         RunError: when a weight is not finite: the last good file is left in place.
     """
-    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    tensors = trained_tensors(model) if tensors is None else dict(tensors)
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise RunError(f"{len(broken)} trained tensors are not finite, {broken[0]} first; not saved. Lower the rates.")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import (
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from to_finetune.optim.optimizer import COUNTERS, TrainableOptimizer
-from to_finetune.optim.sharding import Member, refresh_model
+from to_finetune.optim.sharding import Member, all_reduce, refresh_model
 from to_finetune.optim.state import exponents_name, pack, unpack_
 
 Folder = str | os.PathLike[str]
@@ -37,8 +38,7 @@ def save_state(model: nn.Module, optimizer: TrainableOptimizer, folder: Folder, 
         model: whose parameters the optimizer was given, wrapped or not.
         optimizer: DiagonalTO or RankOneTO, after its first step. Its hyper-parameters are not saved.
         folder: the same on all processes; what is there of an older checkpoint is replaced.
-        weights: False where they are saved elsewhere. What DeepSpeed keeps in 32 bits beside a 16-bit model is saved
-            even then.
+        weights: False where they are saved elsewhere (`whole_weights`).
 
     Raises:
         RuntimeError: for FullTO, and for weights that are sharded by another dimension than the first.
@@ -79,19 +79,69 @@ def load_state(model: nn.Module, optimizer: TrainableOptimizer, folder: Folder, 
         refresh_model(model, optimizer.held())
 
 
+def whole_weights(model: nn.Module, optimizer: TrainableOptimizer) -> dict[str, Tensor]:
+    """The trained weights by name, whole and on the CPU, on process 0; nothing on the others. All processes call it.
+
+    Under DeepSpeed they are its 32-bit ones.
+    """
+    parameters = named(model)
+    names = optimizer.names(parameters)
+    here: dict[int, list[Member]] = {}
+    for member in optimizer.held():
+        here.setdefault(member.position, []).append(member)
+    keeps = not dist.is_initialized() or dist.get_rank() == 0
+    weights = {}
+    for position, members in sorted(here.items()):
+        whole = members[0].p.new_zeros(members[0].numel)
+        for member in members:
+            whole[_run(member)] = member.p.detach().view(-1)
+        whole = all_reduce(whole, members[0].shards)
+        if keeps:
+            p = parameters[names[position]]
+            weights[names[position]] = whole.cpu().view(getattr(p, "ds_shape", p.shape))
+    return weights
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, optimizer: TrainableOptimizer, weights: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors onto the trained weights, in any layout. All processes call it.
+
+    Raises:
+        RuntimeError: for a trained tensor that is missing or of another size.
+    """
+    names = optimizer.names(named(model))
+    members = optimizer.held()
+    for member in members:
+        tensor = weights.get(names[member.position])
+        if tensor is None or tensor.numel() != member.numel:
+            raise RuntimeError(f"There is no {names[member.position]!r} of {member.numel} weights to load.")
+        member.p.view(-1).copy_(tensor.view(-1)[_run(member)])
+    optimizer.forget_last_step()
+    refresh_model(model, members)
+
+
+def named(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters by the names that they have without a wrapper."""
+    return {name.removeprefix("module.").replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
+
+
+def _run(member: Member) -> slice:
+    """Where the member lies in the flattened parameter."""
+    if member.first is None:
+        raise RuntimeError("Weights that are sharded by another dimension than the first cannot be saved or loaded.")
+    return slice(member.first, member.first + member.p.numel())
+
+
 class _Contents:
     """What a checkpoint of this process holds: views of weights and state, and copies of what is stored otherwise."""
 
     def __init__(self, model: nn.Module, optimizer: TrainableOptimizer, weights: bool) -> None:
         self.values: dict[str, Tensor] = {}
         self.after_loading: list[Callable[[], None]] = []
-        parameters = {name.removeprefix("module."): p for name, p in model.named_parameters()}
-        names = optimizer.names(parameters)
+        names = optimizer.names(named(model))
         for member in optimizer.held():
             name = names[member.position]
-            if member.first is None:
-                raise RuntimeError(f"{name} is sharded by another dimension than its first; its state cannot be saved.")
-            if weights or member.p.dtype != parameters[name].dtype:
+            if weights:
                 self._add(name, member, member.p)
             for key, value in member.state.items():
                 if key in COUNTERS:
@@ -105,7 +155,7 @@ class _Contents:
         runs = self.values.setdefault(key, Runs(member.numel, value))
         assert isinstance(runs, Runs)
         if value.numel():
-            runs.hold(member.first or 0, value.detach().view(-1))
+            runs.hold(_run(member).start, value.detach().view(-1))
 
     def _add_int8(self, key: str, member: Member, codes: Tensor, exponents: Tensor) -> None:
         first, flat = member.first or 0, codes.view(-1)

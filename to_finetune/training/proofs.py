@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from to_finetune.errors import RunError
 from to_finetune.model.trained import read_trained
+from to_finetune.optim import TrainableOptimizer
+from to_finetune.optim.sharding import all_reduce
 
 NOTHING_MOVED = "No trained weight moved in the first steps: no gradient reaches them, or the rate is too low."
 
@@ -36,9 +41,14 @@ class EngagementProofs(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        model, live = kwargs["model"], unwrapped(kwargs["optimizer"])
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        live = unwrapped(optimizer)
         self.proofs["live_optimizer"] = check_optimizer(live, self.expected)
-        self.proofs["trained_tensors"] = check_trained_parameters(model, live)
+        self.proofs["trained_tensors"] = check_trained_parameters(model, optimizer)
+        if isinstance(live, TrainableOptimizer):
+            sharded = {member.position for member in live.held() if member.shards}
+            if sharded:
+                self.proofs["sharded_tensors"] = len(sharded)
         self._before = fingerprints(model)
         self._began_at = state.global_step
 
@@ -77,8 +87,8 @@ class EngagementProofs(TrainerCallback):
 
 
 def unwrapped(optimizer: Any) -> Optimizer:
-    """The optimizer inside accelerate's (and others') wrappers."""
-    while not isinstance(optimizer, Optimizer) or type(optimizer).__name__ == "AcceleratedOptimizer":
+    """The optimizer inside accelerate's and DeepSpeed's wrappers."""
+    while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
@@ -93,12 +103,23 @@ def check_optimizer(live: Optimizer, expected: type[Optimizer] | None) -> str:
     if expected is not None and not isinstance(live, expected):
         raise RunError(
             f"The live optimizer is {name}, not {expected.__name__}, which was asked for. Under DeepSpeed, remove the "
-            "'optimizer' block of its JSON; do not pass optimizers= to the Trainer, use optim= or the mixin."
+            "'optimizer' block of its JSON, and with offload set \"zero_force_ds_cpu_optimizer\": false there; do not "
+            "pass optimizers= to the Trainer, use optim= or the mixin."
         )
     return name
 
 
-def check_trained_parameters(model: nn.Module, live: Optimizer) -> int:
+def held_parameters(optimizer: Any) -> list[Tensor]:
+    """The model's parameters that an optimizer steps, also where DeepSpeed has put others in their place."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+        groups = getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "fp16_groups", None)  # of ZeRO 1-2, 3
+        if groups:
+            return [p for group in groups for p in group]
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def check_trained_parameters(model: nn.Module, optimizer: Any) -> int:
     """The number of trained tensors.
 
     Raises:
@@ -107,7 +128,7 @@ def check_trained_parameters(model: nn.Module, live: Optimizer) -> int:
     trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise RunError("Nothing trains: no parameter of the model requires a gradient.")
-    held = {id(p) for group in live.param_groups for p in group["params"]}
+    held = {id(p) for p in held_parameters(optimizer)}
     missing, extra = set(trained) - held, held - set(trained)
     if missing or extra:
         first = f", {trained[next(iter(missing))]} first" if missing else ""
@@ -119,23 +140,28 @@ def check_trained_parameters(model: nn.Module, live: Optimizer) -> int:
 
 @torch.no_grad()
 def fingerprints(model: nn.Module) -> dict[str, int]:
-    """A 64-bit sum of every parameter's bits: it changes with any one of them."""
+    """A 64-bit sum of every parameter's bits, over all processes: it changes with any one of them."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
     def bits(p: Tensor) -> Tensor:
-        return p.detach().contiguous().view(-1).view(integer[p.element_size()]).sum(dtype=torch.int64)
+        p = getattr(p, "ds_tensor", p)  # under ZeRO-3 this process's part
+        p = (p.to_local() if isinstance(p, DTensor) else p).detach()
+        return p.contiguous().view(-1).view(integer[p.element_size()]).sum(dtype=torch.int64)
 
-    return {name: int(bits(p)) for name, p in model.named_parameters()}
+    names, parts = zip(*((name, bits(p)) for name, p in model.named_parameters()), strict=True)
+    sums = torch.stack([part.to(parts[0].device) for part in parts])
+    if dist.is_initialized() and dist.group.WORLD is not None:
+        sums = all_reduce(sums, (dist.group.WORLD,))
+    return dict(zip(names, sums.tolist(), strict=True))
 
 
-def check_saved(model: nn.Module, folder: str | os.PathLike[str]) -> int:
+def check_saved(live: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> int:
     """Read the saved trained tensors again and compare them with the live ones bit for bit; returns their bytes.
 
     Raises:
         RunError: when they differ.
     """
     saved, _ = read_trained(folder)
-    live = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if saved.keys() != live.keys():
         raise RunError(f"{folder}: {len(saved)} tensors were saved where {len(live)} train.")
     for name, tensor in saved.items():

@@ -7,18 +7,28 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from trl import SFTTrainer
 
 from to_finetune.data.preview import IGNORED
-from to_finetune.model.trained import TRAINED_WEIGHTS_NAME, load_trained, save_trained
-from to_finetune.optim import TrainableOptimizer
+from to_finetune.model.trained import (
+    TRAINED_WEIGHTS_NAME,
+    load_trained,
+    read_trained,
+    save_trained,
+    trained_tensors,
+)
+from to_finetune.optim import DiagonalTO, RankOneTO, TrainableOptimizer
+from to_finetune.optim.checkpoint import load_state, load_weights, save_state, whole_weights
 from to_finetune.training.arguments import TrainableOptimizerArguments
 from to_finetune.training.callbacks import ShortBackward
 from to_finetune.training.optimizers import OPTIMIZERS
 from to_finetune.training.proofs import EngagementProofs, unwrapped
+
+STATE_NAME = "to_state"  # folder in a checkpoint
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -71,6 +81,31 @@ class TrainableOptimizerMixin(_Base):
     def is_partly_frozen(self) -> bool:
         return any(not p.requires_grad for p in self.model.parameters()) and not hasattr(self.model, "peft_config")
 
+    def is_sharded(self) -> bool:
+        """Whether processes hold parts of the trained weights or of their state."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """The trained weights by name; of sharded ones on process 0 alone, and all processes must call it."""
+        optimizer = self._by_name()
+        if self.is_sharded() and optimizer is not None:
+            return whole_weights(self.model_wrapped, optimizer)
+        return trained_tensors(self.accelerator.unwrap_model(self.model))
+
+    def _by_name(self) -> TrainableOptimizer | None:
+        """The live optimizer, if its state is saved by the parameters' names; FullTO's and others' are not."""
+        optimizer = unwrapped(self.optimizer)
+        return optimizer if isinstance(optimizer, (DiagonalTO, RankOneTO)) else None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Hugging Face's; of sharded weights that a TO trains, those alone are gathered, one after the other."""
+        if not (self.is_sharded() and self._by_name()):
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, self.trained_tensors())
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.is_partly_frozen():
             super()._save(output_dir, state_dict)
@@ -78,23 +113,74 @@ class TrainableOptimizerMixin(_Base):
         if not self.args.should_save:  # Hugging Face calls this in every process
             return
         folder = str(output_dir or self.args.output_dir)
-        save_trained(self.model, folder)
+        save_trained(self.accelerator.unwrap_model(self.model), folder, state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """State by the parameters' names, which any layout reads; Hugging Face's files for other optimizers."""
+        optimizer = self._by_name()
+        if optimizer is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        save_state(
+            self.model_wrapped, optimizer, os.path.join(output_dir, STATE_NAME), weights=self._state_has_weights()
+        )
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _state_has_weights(self) -> bool:
+        """A whole model that is sharded would have to be gathered, and DeepSpeed's 32-bit weights would be lost."""
+        return self.is_sharded() and not self.is_partly_frozen()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The last that every process writes: trainer_state.json, which follows, says that all of it is there."""
+        super()._save_rng_state(output_dir)
+        self.args.distributed_state.wait_for_everyone()
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """As Hugging Face does, but what is saved by name is not looked for in DeepSpeed's own files."""
+        ours = self.is_deepspeed_enabled and os.path.isdir(os.path.join(str(resume_from_checkpoint), STATE_NAME))
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None if ours else resume_from_checkpoint)
+        if ours:
+            self._load_from_checkpoint(str(resume_from_checkpoint), self.model_wrapped)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if os.path.isfile(os.path.join(resume_from_checkpoint, TRAINED_WEIGHTS_NAME)):
-            load_trained(model or self.model, resume_from_checkpoint)
-        else:
+        folder = str(resume_from_checkpoint)
+        if os.path.isfile(os.path.join(folder, TRAINED_WEIGHTS_NAME)):
+            self._load_trained(folder)
+        elif not (self._state_has_weights() and os.path.isdir(os.path.join(folder, STATE_NAME))):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        state = os.path.join(str(checkpoint), STATE_NAME)
+        optimizer = self._by_name() if self.optimizer is not None else None
+        if checkpoint is None or optimizer is None or not os.path.isdir(state):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        load_state(self.model_wrapped, optimizer, state, weights=self._state_has_weights())
+        assert self.lr_scheduler is not None
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+        for group, lr in zip(optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
         if os.path.isfile(os.path.join(best, TRAINED_WEIGHTS_NAME)):
-            load_trained(self.model, best)
+            self._load_trained(best)
         else:
             super()._load_best_model()
+
+    def _load_trained(self, folder: str) -> None:
+        optimizer = self._by_name() if self.is_sharded() and self.optimizer is not None else None
+        if optimizer is None:
+            load_trained(self.accelerator.unwrap_model(self.model), folder)
+        else:
+            load_weights(self.model_wrapped, optimizer, read_trained(folder)[0])
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Hugging Face's card, where the folder is a whole model: it shows how to load it as one."""
