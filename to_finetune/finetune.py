@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,6 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from to_finetune.data import check_labels, preview
 from to_finetune.errors import RunError, UsageError
@@ -31,7 +31,7 @@ from to_finetune.training.callbacks import SaveOnSignal, StopOnNonFinite, Termin
 from to_finetune.training.launch import check_processes
 from to_finetune.training.prepare import prepare_data, prepare_model, prepare_trainer
 from to_finetune.training.proofs import check_saved
-from to_finetune.training.record import RunRecord, resume_point, summarise
+from to_finetune.training.record import RunRecord, last_checkpoint, resume_point, summarise
 from to_finetune.training.trainer import TOSFTTrainer
 
 
@@ -94,6 +94,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
         record.update(status="done", results=results, proofs=trainer.engagement.proofs)
         plot_losses({args.optim: trainer.state.log_history}, record.folder / "loss.png", title=str(record.folder))
     console.print(summary(results, record))
+    atexit.register(args.distributed_state.destroy_process_group)
     return 0
 
 
@@ -114,7 +115,7 @@ def finish(trainer: TOSFTTrainer, args: FinetuneArguments) -> dict[str, Any]:
 def interrupted(record: RunRecord, signals: SaveOnSignal, console: Console, args: FinetuneArguments) -> int:
     """Say where the run can go on from; returns the shell's exit code for the signal."""
     assert signals.received is not None
-    last = get_last_checkpoint(args.output_dir)
+    last = last_checkpoint(args.output_dir)
     if args.should_save:
         record.update(status="interrupted", checkpoint=last)
     console.print(f"{signals.received.name}: saved {last}. Go on with --resume_from_checkpoint true.", markup=False)

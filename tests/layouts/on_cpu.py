@@ -6,6 +6,7 @@ accelerate by itself does without FSDP and DeepSpeed on CPUs, and says nothing.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,13 +30,22 @@ def environment(config: Path) -> dict[str, str]:
     return prepare_deepspeed_cmd_env(args)[1]
 
 
-def launch(config: Path, processes: int, *flags: Any, **more: Any) -> subprocess.CompletedProcess[str]:
-    """`processes` times finetune.py with these flags."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
-    torchrun += [f"--{key.replace('_', '-')}={value}" for key, value in more.items()]
-    command = [*torchrun, "-m", "tests.layouts.on_cpu", *flags]
-    settings = {**environment(config), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run([str(x) for x in command], env=settings, cwd=ROOT, capture_output=True, text=True)
+def command(processes: int, *flags: Any, **options: Any) -> list[str]:
+    """torchrun's; `options` are its own."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes]
+    torchrun += [f"--{key.replace('_', '-')}={value}" for key, value in options.items()] or ["--standalone"]
+    return [str(x) for x in (*torchrun, "-m", "tests.layouts.on_cpu", *flags)]
+
+
+def settings(config: Path, **more: str) -> dict[str, str]:
+    return {**environment(config), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", **more}
+
+
+def launch(config: Path, processes: int, *flags: Any, **more: str) -> subprocess.CompletedProcess[str]:
+    """`processes` times finetune.py with these flags, and `more` in their environment."""
+    return subprocess.run(
+        command(processes, *flags), env=settings(config, **more), cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def allow_fsdp_on_the_cpu() -> None:
@@ -50,9 +60,46 @@ def allow_fsdp_on_the_cpu() -> None:
     AcceleratorState.__init__ = patched  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
-    from to_finetune.finetune import main
+def kill_once(process: str, where: str) -> None:
+    """The process with this rank dies in its third step, or while it saves its second checkpoint."""
+    if os.environ["RANK"] != process or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+        return
+    from to_finetune.training import trainer
+
+    calls = 0
+    owner, name, last = {
+        "step": (trainer.TOSFTTrainer, "training_step", 3),
+        "save": (trainer, "save_state", 2),
+    }[where]
+    function = getattr(owner, name)
+
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    setattr(owner, name, patched)
+
+
+def main(argv: list[str]) -> int:
+    """`--output_dir` gets a folder for each optimizer of the environment's OPTIMIZERS: one launch for all."""
+    from to_finetune.finetune import main as finetune
 
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         allow_fsdp_on_the_cpu()
-    sys.exit(main())
+    if "KILL" in os.environ:
+        kill_once(*os.environ["KILL"].split())
+    names = os.environ.get("OPTIMIZERS")
+    if names is None:
+        return finetune(argv)
+    codes = []
+    for name in names.split():
+        codes.append(finetune([x.replace("OPTIMIZER", name) for x in argv]))
+        AcceleratorState._reset_state()
+    return max(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

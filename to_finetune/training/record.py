@@ -8,13 +8,15 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from to_finetune.errors import UsageError
 
@@ -51,7 +53,7 @@ class RunRecord:
         """
         saved = self.folder / "config.yaml"
         if resume is None:
-            if (self.folder / "run.json").exists():
+            if (self.folder / "run.json").exists() and not was_restarted():
                 raise UsageError(
                     f"output_dir={str(self.folder)!r} holds another run. Choose a new folder, "
                     "or continue that run with --resume_from_checkpoint true."
@@ -79,23 +81,42 @@ class RunRecord:
         write_whole(self.folder / "run.json", json.dumps(self.values, indent=2, ensure_ascii=False) + "\n")
 
 
+def was_restarted() -> bool:
+    """Whether torchrun has started this run again, after one of its processes died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def resume_point(asked: str | None, output_dir: str) -> str | None:
     """The checkpoint to go on from: the one named, or the last one for ``--resume_from_checkpoint true``.
+
+    A run that torchrun has restarted goes on from its last checkpoint, if it has one.
 
     Raises:
         UsageError: when there is none.
     """
     word = str(asked).lower()
+    last = last_checkpoint(output_dir)
+    if was_restarted() and last is not None:
+        return last
     if word in ("none", "false"):
         return None
     if word != "true":
         if not os.path.isdir(str(asked)):
             raise UsageError(f"resume_from_checkpoint={asked!r}: no such folder. 'true' takes the last checkpoint.")
         return asked
-    last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
     if last is None:
         raise UsageError(f"resume_from_checkpoint={asked!r}: there is no checkpoint in {output_dir!r}.")
     return last
+
+
+def last_checkpoint(output_dir: str) -> str | None:
+    """The last checkpoint that was written to its end; Hugging Face writes trainer_state.json last."""
+    steps = {}
+    for file in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"):
+        with suppress(ValueError):  # half a file, or a folder of another name
+            json.loads(file.read_text(encoding="utf-8"))
+            steps[int(file.parent.name.rpartition("-")[2])] = file.parent
+    return str(steps[max(steps)]) if steps else None
 
 
 def summarise(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,160 @@
+"""`finetune.py` under every file of configs/accelerate ends where one process does, and is killed without loss."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ..helpers import Run, flags
+from .on_cpu import ROOT, command, launch, settings
+
+pytest.importorskip("deepspeed")
+CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
+LAYOUTS = [path.stem for path in CONFIGS if path.stem != "multi_node"]
+OPTIMIZERS = ("diagonal_to", "rank_one_to")
+STEPS, ROWS = 4, 4
+
+
+def options(llama: Path, alpaca: Path, processes: int) -> dict[str, Any]:
+    """Four rows a step on any number of processes."""
+    return {
+        "model_name_or_path": llama,
+        "dataset_name": alpaca,
+        "eval_dataset_name": alpaca,
+        "use_cpu": True,
+        "unfrozen_parameters": [r"layers\.3\."],
+        "max_steps": STEPS,
+        "save_steps": 2,
+        "per_device_train_batch_size": ROWS // processes,
+        "weight_decay": 0.1,
+        "logging_steps": 1,
+        "report_to": "none",
+    }
+
+
+def for_each_optimizer(folder: Path) -> list[str]:
+    return flags(optim="OPTIMIZER", output_dir=folder / "OPTIMIZER")
+
+
+@pytest.fixture(scope="module")
+def alone(
+    finetune: Callable[..., Run], llama: Path, alpaca: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Run]:
+    """One process."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {name: finetune(folder / name, optim=name, **options(llama, alpaca, 1)) for name in OPTIMIZERS}
+
+
+def assert_same_run(found: Run, alone: Run) -> None:
+    """Losses, held-out loss and weights, to the rounding of a batch's parts; and what was shown on the way."""
+    assert found.losses == pytest.approx(alone.losses, rel=1e-5)
+    assert found.record["results"]["eval_loss"] == pytest.approx(alone.record["results"]["eval_loss"], rel=1e-5)
+    assert found.weights.keys() == alone.weights.keys()
+    for name, weights in alone.weights.items():
+        torch.testing.assert_close(found.weights[name], weights, rtol=1e-4, atol=2e-5)
+    proofs = {key: value for key, value in found.record["proofs"].items() if key != "sharded_tensors"}
+    assert proofs == alone.record["proofs"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ends_where_one_process_does(
+    layout: str, alone: dict[str, Run], llama: Path, alpaca: Path, tmp_path: Path
+) -> None:
+    """Two processes, and four that go on from the middle of their run."""
+    config = ROOT / "configs" / "accelerate" / f"{layout}.yaml"
+    both = {"OPTIMIZERS": " ".join(OPTIMIZERS)}
+    done = launch(config, 2, *flags(**options(llama, alpaca, 2)), *for_each_optimizer(tmp_path / "two"), **both)
+    assert done.returncode == 0, done.stderr
+    going_on = flags(resume_from_checkpoint=tmp_path / "two" / "OPTIMIZER" / "checkpoint-2")
+    more = [*flags(**options(llama, alpaca, 4)), *for_each_optimizer(tmp_path / "four"), *going_on]
+    done = launch(config, 4, *more, **both)
+    assert done.returncode == 0, done.stderr
+    for name, processes in ((name, processes) for name in OPTIMIZERS for processes in ("two", "four")):
+        run = Run(0, tmp_path / processes / name, None)
+        if processes == "two":
+            assert_same_run(run, alone[name])
+            assert (run.record["proofs"].get("sharded_tensors", 0) > 0) == (layout != "ddp")
+            assert_only_the_trained_part_was_written(run.folder / "checkpoint-4", 8 if name == "diagonal_to" else 12)
+        for key, weights in alone[name].weights.items():
+            torch.testing.assert_close(run.weights[key], weights, rtol=1e-4, atol=2e-5)
+
+
+def assert_only_the_trained_part_was_written(folder: Path, state_bytes: int) -> None:
+    """4 bytes a trained weight and the state's, and 3 kB a tensor and process for names and places."""
+    trained, tensors = 10_304, 9
+    weights = (folder / "trained.safetensors").stat().st_size
+    assert 4 * trained <= weights <= 4 * trained + 300 * tensors
+    state = sum(file.stat().st_size for file in (folder / "to_state").iterdir())
+    assert state_bytes * trained <= state <= state_bytes * trained + 2 * 3_000 * 4 * tensors
+    known = {"trained.safetensors", "to_state", "scheduler.pt", "trainer_state.json", "training_args.bin"}
+    others = [file for file in folder.iterdir() if file.name not in known]
+    assert sum(file.stat().st_size for file in others) < 100_000, others  # the tokenizer, and random states
+
+
+def test_two_machines(alone: dict[str, Run], llama: Path, alpaca: Path, tmp_path: Path) -> None:
+    """Two launchers, as the file's comment says, with a process each."""
+    config = ROOT / "configs" / "accelerate" / "multi_node.yaml"
+    words = flags(**options(llama, alpaca, 2), output_dir=tmp_path / "run")
+    nodes = [
+        subprocess.Popen(
+            command(1, *words, nnodes=2, node_rank=rank, master_addr="127.0.0.1", master_port=29_517),
+            env=settings(config),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for node in nodes:
+        _, error = node.communicate()
+        assert node.returncode == 0, error
+    assert_same_run(Run(0, tmp_path / "run", None), alone["diagonal_to"])
+
+
+@pytest.mark.parametrize(
+    ("layout", "where"), [("ddp", "step"), ("ddp", "save"), ("fsdp2", "save"), ("zero2", "save"), ("zero3", "step")]
+)
+def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(
+    layout: str, where: str, alone: dict[str, Run], llama: Path, alpaca: Path, tmp_path: Path
+) -> None:
+    """torchrun starts all again, and they end where an undisturbed run does."""
+    config = ROOT / "configs" / "accelerate" / f"{layout}.yaml"
+    words = flags(**options(llama, alpaca, 2), output_dir=tmp_path / "run")
+    done = subprocess.run(
+        command(2, *words, max_restarts=1, rdzv_backend="c10d", rdzv_endpoint="localhost:0"),
+        env=settings(config, KILL=f"1 {where}"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Signal 9 (SIGKILL)" in done.stderr or "exitcode: -9" in done.stderr
+    run = Run(0, tmp_path / "run", None)
+    assert run.losses == pytest.approx(alone["diagonal_to"].losses, rel=1e-5)
+    for key, weights in alone["diagonal_to"].weights.items():
+        torch.testing.assert_close(run.weights[key], weights, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_a_file_opens_with_the_command_that_takes_it(path: Path) -> None:
+    text = path.read_text()
+    lines = re.findall(r"^#   (.*)$", text, flags=re.MULTILINE)
+    words = shlex.split(" ".join(line.rstrip("\\") for line in lines))
+    assert words[:3] == ["accelerate", "launch", "--config_file"]
+    assert ROOT / words[3] == path
+    for word in words[4:]:
+        if word.endswith((".py", ".yaml")):
+            assert (ROOT / word).is_file()
+    inner = yaml.safe_load(text).get("deepspeed_config", {}).get("deepspeed_config_file")
+    assert inner is None or (ROOT / inner).is_file()
+    assert os.environ.get("ACCELERATE_USE_FSDP") is None
