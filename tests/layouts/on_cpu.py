@@ -60,6 +60,13 @@ def allow_fsdp_on_the_cpu() -> None:
     AcceleratorState.__init__ = patched  # type: ignore[method-assign]
 
 
+def use_gloo() -> None:
+    """Not DeepSpeed's own sums in shared memory, which a process that is killed leaves behind half done."""
+    import deepspeed.comm.torch
+
+    deepspeed.comm.torch.build_shm_op = lambda: None
+
+
 def kill_once(process: str, where: str) -> None:
     """The process with this rank dies in its third step, or while it saves its second checkpoint."""
     if os.environ["RANK"] != process or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
@@ -89,6 +96,8 @@ def main(argv: list[str]) -> int:
 
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         allow_fsdp_on_the_cpu()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        use_gloo()
     if "KILL" in os.environ:
         kill_once(*os.environ["KILL"].split())
     names = os.environ.get("OPTIMIZERS")

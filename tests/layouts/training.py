@@ -26,6 +26,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from to_finetune.optim import DiagonalTO, RankOneTO, TrainableOptimizer
 from to_finetune.optim.checkpoint import load_state, save_state
 
+from .on_cpu import use_gloo
+
 STEPS, ROWS = 4, 12
 RECOMMENDED = {"alpha": 0.3, "relative_alpha": True, "grad_scale": "rms", "lr": 0.01}
 PAPER = {"alpha": 1e-4, "lr": 1e-4}
@@ -249,6 +251,7 @@ def start(rank: int, world: int, folder: str) -> None:
         LOCAL_WORLD_SIZE=str(world),
         DS_ACCELERATOR="cpu",
     )
+    use_gloo()
     meeting = Path(folder) / f"meeting-{os.environ['MEETING']}"
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
 
