@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -158,3 +159,57 @@ def test_a_file_opens_with_the_command_that_takes_it(path: Path) -> None:
     inner = yaml.safe_load(text).get("deepspeed_config", {}).get("deepspeed_config_file")
     assert inner is None or (ROOT / inner).is_file()
     assert os.environ.get("ACCELERATE_USE_FSDP") is None
+
+
+def changed(layout: str, folder: Path, **settings_of_deepspeed: Any) -> Path:
+    """A copy of a layout's two files, with other settings in DeepSpeed's."""
+    config = yaml.safe_load((ROOT / "configs" / "accelerate" / f"{layout}.yaml").read_text())
+    json_file = ROOT / config["deepspeed_config"]["deepspeed_config_file"]
+    values = {**json.loads(json_file.read_text()), **settings_of_deepspeed}
+    values = {key: value for key, value in values.items() if value is not None}
+    (folder / "deepspeed.json").write_text(json.dumps(values))
+    config["deepspeed_config"]["deepspeed_config_file"] = str(folder / "deepspeed.json")
+    (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
+    return folder / "accelerate.yaml"
+
+
+@pytest.mark.parametrize(
+    ("layout", "settings_of_deepspeed", "code", "message"),
+    [
+        (
+            "zero2",
+            {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
+            1,
+            "is AdamW, not DiagonalTO, which was asked for. Under DeepSpeed, remove the 'optimizer' block",
+        ),
+        ("zero2_offload", {"zero_force_ds_cpu_optimizer": None}, 1, '"zero_force_ds_cpu_optimizer": false'),
+        ("zero2", {"gradient_clipping": None}, 2, "DeepSpeed clips gradients to norm 1.0, and max_grad_norm is 0.0"),
+    ],
+    ids=["own optimizer", "own CPU optimizer", "own clipping"],
+)
+def test_deepspeeds_own_ways_are_refused(
+    layout: str,
+    settings_of_deepspeed: dict[str, Any],
+    code: int,
+    message: str,
+    llama: Path,
+    alpaca: Path,
+    tmp_path: Path,
+) -> None:
+    """Each would train, with something else than was asked for."""
+    config = changed(layout, tmp_path, **settings_of_deepspeed)
+    done = launch(config, 1, *flags(**options(llama, alpaca, 1), output_dir=tmp_path / "run"))
+    assert done.returncode != 0
+    assert message in done.stderr.replace("\n", " ")
+    assert f"exitcode: {code} " in done.stderr.replace(" ", "").replace("exitcode:", "exitcode: ").replace(
+        "(pid", " (pid"
+    )
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_fsdp_that_accelerate_does_without_is_refused(
+    finetune: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert finetune(tmp_path / "run").code == 2
+    assert "FSDP was asked for, and accelerate does without it on cpu" in capsys.readouterr().err

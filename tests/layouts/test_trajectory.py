@@ -18,6 +18,7 @@ from .training import (
     STATES,
     STEPS,
     launch,
+    own_formats,
     refused,
     resumed,
     trajectories,
@@ -67,11 +68,11 @@ def test_ends_where_one_process_does(once: Any, world: int, layout: str, optimiz
 WAYS = [(1, 2), (1, 4), (2, 4), (2, 1)]
 
 
-def launches(folder: Path) -> dict[str, float]:
+def launches(folder: Path, function: Callable[..., None]) -> dict[str, float]:
     """One process, two, four and one again; each goes on from what those before it have saved."""
     found: dict[str, float] = {}
     for world in (1, 2, 4, 1):
-        found |= launch(resumed, world, folder)
+        found |= launch(function, world, folder)
     return found
 
 
@@ -82,8 +83,20 @@ def test_goes_on_with_other_processes(
     once: Any, saved: int, loaded: int, index: int, optimizer: str, state: str
 ) -> None:
     """In the same layout and in another one, as the uninterrupted run does."""
-    results = once("resumed", launches)
+    results = once("resumed", lambda folder: launches(folder, resumed))
     layout = RESUMED_LAYOUTS[index]
     for before in (layout, RESUMED_LAYOUTS[index - 1]):
         key = f"{saved}-process {before} to {loaded}-process {layout} {optimizer} {state}"
         assert results[key] <= (0 if optimizer.startswith("diagonal") else ROUNDING), key
+
+
+@pytest.mark.parametrize(("optimizer", "state"), RESUMED)
+@pytest.mark.parametrize("layout", RESUMED_LAYOUTS)
+@pytest.mark.parametrize(("saved", "loaded"), [(2, 2), (4, 4), *WAYS])
+def test_goes_on_from_accelerates_and_deepspeeds_own_formats(
+    once: Any, saved: int, loaded: int, layout: str, optimizer: str, state: str
+) -> None:
+    """accelerate's save_state: under FSDP2 torch's distributed checkpoint; ZeRO's, and its universal one."""
+    results = once("own_formats", lambda folder: launches(folder, own_formats))
+    found = results[f"{saved}-process to {loaded}-process {layout} {optimizer} {state}"]
+    assert found <= (0 if optimizer.startswith("diagonal") else ROUNDING)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import sys
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -121,7 +123,7 @@ def alone(name: str, state: str) -> Layers:
     return model
 
 
-def accelerator_for(layout: str) -> Accelerator:
+def accelerator_for(layout: str, **settings_of_deepspeed: Any) -> Accelerator:
     """On CPUs, where accelerate by itself knows DDP only."""
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState(cpu=True)
@@ -131,6 +133,7 @@ def accelerator_for(layout: str) -> Accelerator:
             "gradient_clipping": 0.0,
             "zero_optimization": ZERO[layout],
             "zero_force_ds_cpu_optimizer": False,
+            **settings_of_deepspeed,
         }
         return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
     accelerator = Accelerator(cpu=True)
@@ -141,6 +144,7 @@ def accelerator_for(layout: str) -> Accelerator:
             cpu_ram_efficient_loading=False,
         )
         AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+        PartialState._shared_state.update(distributed_type=DistributedType.FSDP)
     return accelerator
 
 
@@ -162,8 +166,8 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 class Run:
     """All processes of this launch, through accelerate."""
 
-    def __init__(self, layout: str, name: str, state: str) -> None:
-        self.accelerator = accelerator_for(layout)
+    def __init__(self, layout: str, name: str, state: str, **settings_of_deepspeed: Any) -> None:
+        self.accelerator = accelerator_for(layout, **settings_of_deepspeed)
         model = Layers()
         self.model, self.optimizer = self.accelerator.prepare(model, make(name, state, model))
 
@@ -232,6 +236,47 @@ def resumed(rank: int, world: int, folder: str) -> None:
         run = Run(layout, name, state).train(0, STEPS // 2)
         save_state(run.model, run.to(), Path(folder) / f"{world}-process" / f"{layout} {name} {state}")
     write(results, rank, folder)
+
+
+def own_formats(rank: int, world: int, folder: str) -> None:
+    """As `resumed`, with accelerate's own save_state, and DeepSpeed's universal checkpoint where the number changes."""
+    start(rank, world, folder)
+    results: dict[str, Any] = {}
+    here = Path(folder) / f"{world}-process"
+    for layout, (name, state) in product(RESUMED_LAYOUTS, RESUMED):
+        case = f"{layout} {name} {state}"
+        run = Run(layout, name, state).train(0, STEPS // 2)
+        run.accelerator.save_state(str(here / case))
+        again = Run(layout, name, state)
+        again.accelerator.load_state(str(here / case))
+        key = f"{world}-process to {world}-process {case}"
+        results[key] = again.train(STEPS // 2).deviation(name, state)
+        if layout in ZERO:
+            convert(here / case)
+        for before in sorted(Path(folder).glob("*-process")):
+            if before == here or not (before / case).is_dir():
+                continue
+            if layout in ZERO:
+                other = Run(layout, name, state, checkpoint={"load_universal": True})
+                other.model.load_checkpoint(str(before / case))
+            else:
+                other = Run(layout, name, state)
+                other.accelerator.load_state(str(before / case))
+            key = f"{before.name} to {world}-process {case}"
+            results[key] = other.train(STEPS // 2).deviation(name, state)
+    write(results, rank, folder)
+
+
+def convert(folder: Path) -> None:
+    """To the universal checkpoint, with DeepSpeed's own command."""
+    if dist.get_rank() == 0:
+        from deepspeed.checkpoint import ds_to_universal
+
+        words = ["--input_folder", folder / "pytorch_model", "--output_folder", folder / "universal"]
+        words += ["--inject_missing_state", "--num_extract_workers", 1, "--num_merge_workers", 1]
+        with mock.patch.object(sys, "argv", ["ds_to_universal", *map(str, words)]):
+            ds_to_universal.main(ds_to_universal.parse_arguments())
+    dist.barrier()
 
 
 def write(results: dict[str, Any], rank: int, folder: str) -> None:

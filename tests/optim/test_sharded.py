@@ -1,4 +1,4 @@
-"""Weights that FSDP2 has sharded over two processes: rounded like the whole, stepped in backward, int8 refused."""
+"""Weights that FSDP2 has sharded over two processes: rounded like the whole, stepped in backward, and what is refused."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from to_finetune.optim import DiagonalTO, RankOneTO, TrainableOptimizer, release_gradients
+from to_finetune.optim import DiagonalTO, FullTO, RankOneTO, TrainableOptimizer, release_gradients
 
 PROCESSES = 2
 Make = Callable[..., TrainableOptimizer]
@@ -91,14 +91,34 @@ def one_process_has_an_infinity() -> None:
     assert optimizer.skipped_steps() == 1
 
 
-def int8_is_refused() -> None:
-    """Its exponents would be lost in a checkpoint of all processes."""
-    net = fully_shard(model(torch.float32))
-    optimizer = DiagonalTO(net.parameters(), state_dtype=torch.int8)
-    for p in net.parameters():
-        p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match="int8 is not available for sharded weights"):
-        optimizer.step()
+def refusals() -> None:
+    """What shards cannot do says so."""
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    columns = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)]))
+    cases = [
+        (DiagonalTO([columns], state_dtype=torch.int8), "int8 needs weights that are sharded by their first dimension"),
+        (FullTO([columns]), "FullTO needs whole tensors"),
+    ]
+    columns.grad = torch.ones_like(columns)
+    for optimizer, message in cases:
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.step()
+
+
+def columns_agree() -> None:
+    """Weights that are sharded by another dimension lie scattered; their random bits are still the whole's."""
+    mesh = init_device_mesh("cpu", (PROCESSES,))
+    torch.manual_seed(0)
+    for variant in (DiagonalTO, RankOneTO):
+        whole_p, g = nn.Parameter(torch.randn(5, 7)), torch.randn(5, 7)
+        p = nn.Parameter(distribute_tensor(whole_p.detach(), mesh, [Shard(1)]))
+        options: dict[str, Any] = {"state_dtype": torch.bfloat16, "relative_alpha": True, "grad_scale": "rms"}
+        alone, sharded = variant([whole_p], **options), variant([p], **options)
+        for _ in range(3):
+            whole_p.grad, p.grad = g, distribute_tensor(g, mesh, [Shard(1)])
+            alone.step()
+            sharded.step()
+        torch.testing.assert_close(whole(p), whole_p, rtol=1e-6, atol=1e-7)
 
 
 def main(rank: int, folder: str) -> None:
@@ -114,7 +134,8 @@ def main(rank: int, folder: str) -> None:
     same_gradients(lambda params: RankOneTO(params, alpha=0.5), torch.float32, rtol=1e-6, atol=1e-7)
     in_backward()
     one_process_has_an_infinity()
-    int8_is_refused()
+    refusals()
+    columns_agree()
     dist.destroy_process_group()
 
 

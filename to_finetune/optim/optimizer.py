@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 from torch.optim import Optimizer
 
-from to_finetune.optim import edges
+from to_finetune.optim import edges, universal
 from to_finetune.optim.blocks import ERROR, GG, PEAK, SUMS, Part, share
 from to_finetune.optim.checks import check_hyperparameters, check_layout
 from to_finetune.optim.kernels import fused as fused_path
@@ -41,6 +41,7 @@ Group = dict[str, Any]
 Piece = tuple[int, int | None]  # a parameter's position, and where in it the piece begins
 COUNTERS = ("step", "pairs", "skipped")
 MAX = ReduceOp.MAX
+WHOLES = "whole_tensors"  # in a saved group: see `universal`
 
 
 class TrainableOptimizer(Optimizer, ABC):
@@ -165,10 +166,11 @@ class TrainableOptimizer(Optimizer, ABC):
         for group in self.param_groups:  # of a version that had fewer options
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+            _name_to_dtype(group)
         if "_given" not in self.__dict__:  # a copy
             self._given, self._edge_slots = [], {}
             for group in self.param_groups:
-                self._remember(group["params"])
+                self._remember(group)
         self._groups = list(self.param_groups)
         self.forget_last_step()
 
@@ -183,17 +185,18 @@ class TrainableOptimizer(Optimizer, ABC):
         self._squares: dict[Shards, dict[Piece, tuple[Tensor, Tensor]]] = {}
         self._peaks: dict[Shards, dict[Piece, Tensor]] = {}
 
-    def _remember(self, params: Sequence[Tensor]) -> None:
-        """Record the parameters of another group, in whose place a wrapper may put others."""
+    def _remember(self, group: Group) -> None:
+        """Record another group, in whose parameters' place a wrapper may put others."""
+        params = group["params"]
+        options = {key: value for key, value in group.items() if key not in ("params", "lr")}
         start = sum(len(known.refs) for known in self._given)
-        self._given.append(given(params, start))
+        self._given.append(given(params, start, options))
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            if isinstance(group["state_dtype"], str):
-                group["state_dtype"] = getattr(torch, group["state_dtype"], group["state_dtype"])
+            _name_to_dtype(group)
             check_hyperparameters(group, self.state_dtypes)
             if group["capturable"] and not self.fast_paths:
                 raise ValueError(f"capturable=True is not valid: the memory of {type(self).__name__} grows.")
@@ -206,14 +209,27 @@ class TrainableOptimizer(Optimizer, ABC):
         except Exception:
             self.param_groups.pop()
             raise
-        self._remember(group["params"])
+        self._remember(group)
         self._groups.append(group)
 
     def state_dict(self) -> dict[str, Any]:
         """As of any torch optimizer; int8 state as int16, each number with its exponent, which any layout can load."""
         saved = super().state_dict()
-        for index, p, _, layout in self._int8_owners(saved):
-            saved["state"][index] = packed_state(layout, p, saved["state"][index], self.state_names)
+        wholes: dict[int, Tensor] = {}
+        for index, p, group, layout in self._owners(saved):
+            state = saved["state"][index]
+            if group["state_dtype"] == torch.int8:
+                state = packed_state(layout, p, state, self.state_names)
+            if layout.is_flat:
+                if universal.WHOLE in state:
+                    wholes |= universal.whole(layout, state[universal.WHOLE])
+                state = universal.renamed(state)
+            saved["state"][index] = state
+        for group in saved["param_groups"]:
+            if isinstance(group["state_dtype"], torch.dtype):  # which torch's own tools for state dicts do not take
+                group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
+        if wholes:
+            saved["param_groups"][0][WHOLES] = wholes
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -229,14 +245,18 @@ class TrainableOptimizer(Optimizer, ABC):
                 if isinstance(value, Tensor):
                     device = _counting_device(group, p) if name in COUNTERS else p.device
                     self.state[p][name] = value.to(device)
-        for _, p, _, layout in self._int8_owners(super().state_dict()):
-            self.state[p] = unpacked_state(layout, p, self.state[p], self.state_names)
+        for _, p, group, layout in self._owners(super().state_dict()):
+            if layout.is_flat:
+                self.state[p] = universal.named_back(self.state[p])
+            if group["state_dtype"] == torch.int8:
+                self.state[p] = unpacked_state(layout, p, self.state[p], self.state_names)
+        self.param_groups[0].pop(WHOLES, None)
 
-    def _int8_owners(self, saved: dict[str, Any]) -> Iterator[tuple[int, Tensor, Group, Layout]]:
-        """The tensors with int8 state: index in the state dict, tensor, group and layout."""
+    def _owners(self, saved: dict[str, Any]) -> Iterator[tuple[int, Tensor, Group, Layout]]:
+        """The tensors that have state: index in the state dict, tensor, group and layout."""
         for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
             for i, (index, p) in enumerate(zip(packed["params"], group["params"], strict=True)):
-                if group["state_dtype"] == torch.int8 and index in saved["state"]:
+                if index in saved["state"]:
                     yield index, p, group, self._layout(group, i, p)
 
     @torch.no_grad()
@@ -301,6 +321,8 @@ class TrainableOptimizer(Optimizer, ABC):
         """The members of one tensor of the group, with their state, made here if there is none."""
         if grad.is_sparse:
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients.")
+        if "exp_avg" in self.state.get(p, {}):
+            self._take_from_deepspeed(group, p, layout)
         state = self.state[p]
         is_new = not state
         if is_new:
@@ -309,6 +331,14 @@ class TrainableOptimizer(Optimizer, ABC):
         if is_new:
             self._start(group, members)
         return members
+
+    def _take_from_deepspeed(self, group: Group, p: Tensor, layout: Layout) -> None:
+        """Make our state of what DeepSpeed has loaded from a universal checkpoint."""
+        group.update(self._known(group).options)  # it gives each group the first one's
+        wholes = self._groups[0].get(WHOLES, {})
+        dtype = group["state_dtype"] or compute_dtype(p)
+        self.state[p] = universal.taken(layout, p, self.state[p], self.state_names, dtype, wholes)
+        self.forget_last_step()
 
     def _initial_state(self, group: Group, p: Tensor, blocks: int) -> dict[str, Tensor]:
         counters = {"step": 0.0, "skipped": 0.0} if group["skip_nonfinite"] else {"step": 0.0}
@@ -565,6 +595,11 @@ def total(parts: Sequence[Tensor]) -> Tensor:
 def _counting_device(group: Group, p: Tensor) -> torch.device:
     """Where p's steps are counted: on the CPU, where reading them never waits, unless the device itself decides."""
     return p.device if group["capturable"] or group["skip_nonfinite"] else torch.device("cpu")
+
+
+def _name_to_dtype(group: Group) -> None:
+    if isinstance(group["state_dtype"], str):
+        group["state_dtype"] = getattr(torch, group["state_dtype"], group["state_dtype"])
 
 
 def _piece(member: Member) -> Piece:

@@ -55,6 +55,7 @@ class Given(NamedTuple):
     begin: int  # index of the first one among all of the optimizer
     refs: list[weakref.ref[Tensor]]
     numels: list[int]
+    options: dict[str, Any]  # of the group, without lr, which a schedule changes
 
     def position(self, p: Tensor) -> int:
         return self.begin + next(i for i, ref in enumerate(self.refs) if ref() is p)
@@ -90,9 +91,9 @@ class Layout(NamedTuple):
         return [blocks_of(run.first or 0, run.length) for run in self.runs]
 
 
-def given(params: Sequence[Tensor], begin: int) -> Given:
+def given(params: Sequence[Tensor], begin: int, options: dict[str, Any]) -> Given:
     """A record of these parameters that does not keep them alive."""
-    return Given(begin, [weakref.ref(p) for p in params], [p.numel() for p in params])
+    return Given(begin, [weakref.ref(p) for p in params], [p.numel() for p in params], options)
 
 
 def layout_of(p: Tensor, index: int, known: Given) -> Layout:

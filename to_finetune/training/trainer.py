@@ -25,6 +25,7 @@ from to_finetune.optim import DiagonalTO, RankOneTO, TrainableOptimizer
 from to_finetune.optim.checkpoint import load_state, load_weights, save_state, whole_weights
 from to_finetune.training.arguments import TrainableOptimizerArguments
 from to_finetune.training.callbacks import ShortBackward
+from to_finetune.training.launch import check_clipping, check_layout
 from to_finetune.training.optimizers import OPTIMIZERS
 from to_finetune.training.proofs import EngagementProofs, unwrapped
 
@@ -52,6 +53,7 @@ class TrainableOptimizerMixin(_Base):
         super().__init__(*args, **kwargs)
         expected, _ = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         is_class = isinstance(expected, type) and issubclass(expected, Optimizer)
+        check_layout(self.args, self.accelerator.state, self.is_sharded())
         self.engagement = EngagementProofs(expected if is_class else None)
         self.add_callback(self.engagement)
         self.add_callback(ShortBackward())
@@ -144,6 +146,8 @@ class TrainableOptimizerMixin(_Base):
         """As Hugging Face does, but what is saved by name is not looked for in DeepSpeed's own files."""
         ours = self.is_deepspeed_enabled and os.path.isdir(os.path.join(str(resume_from_checkpoint), STATE_NAME))
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None if ours else resume_from_checkpoint)
+        if self.is_deepspeed_enabled:
+            check_clipping(self.model_wrapped, self.args)
         if ours:
             self._load_from_checkpoint(str(resume_from_checkpoint), self.model_wrapped)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
