@@ -3,7 +3,7 @@
     python scripts/benchmarks/layouts.py
 
 Two minutes on two cores. The same runs as tests/layouts/test_trajectory.py, which asserts what is measured here.
-`--table` prints the table again.
+`--table` prints the table again. `--scale` computes what RankOne's sums add to a step's messages beyond such machines.
 """
 
 from __future__ import annotations
@@ -21,16 +21,23 @@ from machine import machine
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from tests.layouts.training import LAYOUTS, OPTIMIZERS, STATES, launch, trajectories
+from to_finetune.optim.blocks import SUMS
 from to_finetune.training.record import write_whole
 
 FILE = Path(__file__).with_suffix(".json")
 WORLDS = (2, 4)
+MODELS = (("Llama-7B", 6_738_415_616, 291), ("Llama-70B", 68_976_648_192, 723))  # all of them trained
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the table of the results that are there")
-    if not parser.parse_args().table:
+    parser.add_argument("--scale", action="store_true", help="print the arithmetic of large runs")
+    options = parser.parse_args()
+    if options.scale:
+        print(scale())
+        return
+    if not options.table:
         with tempfile.TemporaryDirectory() as folder:
             found = {world: launch(trajectories, world, Path(folder) / str(world)) for world in WORLDS}
         write_whole(FILE, json.dumps({"machine": machine(), "results": found}, indent=1) + "\n")
@@ -53,6 +60,20 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for layout in LAYOUTS:
         cells = (largest[layout, variant, state] for variant, state in columns)
         lines.append(f"| {layout} | " + " | ".join("0" if x == 0 else f"{x:.1e}" for x in cells) + " |")
+    return "\n".join(lines)
+
+
+def scale() -> str:
+    """What each process sends a step: its 16-bit gradients, and the sums of all tensors, both by ring all-reduce."""
+    lines = ["| weights | processes | gradients | sums | sums / gradients |", "|---|---|---|---|---|"]
+    for name, weights, tensors in MODELS:
+        for processes in (8, 64, 1024):
+            share = 2 * (processes - 1) / processes
+            gradients, sums = 2 * weights * share, SUMS * 8 * tensors * share
+            lines.append(
+                f"| {name}, {tensors} tensors | {processes:,} | {gradients / 1e9:.1f} GB | {sums / 1e3:.1f} kB | "
+                f"{sums / gradients:.1e} |"
+            )
     return "\n".join(lines)
 
 

@@ -131,9 +131,8 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(
     config = ROOT / "configs" / "accelerate" / f"{layout}.yaml"
     words = flags(**options(llama, alpaca, 2), output_dir=tmp_path / "run", ddp_timeout=40)
     done = subprocess.run(
-        # Further restarts for Gloo, which at times fails to connect in the first one.
-        command(2, *words, max_restarts=3, rdzv_backend="c10d", rdzv_endpoint="localhost:0"),
-        env=settings(config, KILL=f"1 {where}"),
+        command(2, *words, max_restarts=1, rdzv_backend="c10d", rdzv_endpoint="localhost:0"),
+        env=settings(config, KILL=f"1 {where}", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -151,6 +150,7 @@ def test_a_file_opens_with_the_command_that_takes_it(path: Path) -> None:
     text = path.read_text()
     lines = re.findall(r"^#   (.*)$", text, flags=re.MULTILINE)
     words = shlex.split(" ".join(line.rstrip("\\") for line in lines))
+    words = words[words.index("accelerate") :]
     assert words[:3] == ["accelerate", "launch", "--config_file"]
     assert ROOT / words[3] == path
     for word in words[4:]:
@@ -178,14 +178,13 @@ def changed(layout: str, folder: Path, **settings_of_deepspeed: Any) -> Path:
     [
         (
             "zero2",
-            {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
+            {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}},
             1,
             "is AdamW, not DiagonalTO, which was asked for. Under DeepSpeed, remove the 'optimizer' block",
         ),
-        ("zero2_offload", {"zero_force_ds_cpu_optimizer": None}, 1, '"zero_force_ds_cpu_optimizer": false'),
         ("zero2", {"gradient_clipping": None}, 2, "DeepSpeed clips gradients to norm 1.0, and max_grad_norm is 0.0"),
     ],
-    ids=["own optimizer", "own CPU optimizer", "own clipping"],
+    ids=["own optimizer", "own clipping"],
 )
 def test_deepspeeds_own_ways_are_refused(
     layout: str,

@@ -1,4 +1,4 @@
-"""Weights that FSDP2 has sharded over two processes: rounded like the whole, stepped in backward, and what is refused."""
+"""Weights that FSDP2 has sharded over two processes: rounded like the whole, stepped in backward; refusals."""
 
 from __future__ import annotations
 

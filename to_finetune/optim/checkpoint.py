@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def save_state(model: nn.Module, optimizer: TrainableOptimizer, folder: Folder, 
     Args:
         model: whose parameters the optimizer was given, wrapped or not.
         optimizer: DiagonalTO or RankOneTO, after its first step. Its hyper-parameters are not saved.
-        folder: the same on all processes; what is there of an older checkpoint is replaced.
+        folder: the same on all processes, and a new one each time: what is half written cannot be loaded.
         weights: False where they are saved elsewhere (`whole_weights`).
 
     Raises:
@@ -56,8 +57,11 @@ def load_state(model: nn.Module, optimizer: TrainableOptimizer, folder: Folder, 
         weights: as it was for `save_state`.
 
     Raises:
-        RuntimeError: as `save_state`, and for a checkpoint of other weights or of another form of state.
+        RuntimeError: as `save_state`, and for a checkpoint that is not whole, or of other weights or another form of
+            state.
     """
+    if not Path(folder, ".metadata").is_file():
+        raise RuntimeError(f"{os.fspath(folder)} holds no checkpoint that was written to its end.")
     contents = _Contents(model, optimizer, weights)
     saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     for key, value in contents.values.items():

@@ -231,9 +231,8 @@ def all_reduce(x: Tensor, shards: Shards, op: ReduceOp.RedOpType = ReduceOp.SUM)
     """x of all these processes together, on x's device."""
     for group in shards:
         devices = [device.type for device in group._device_types]
-        there = (
-            x.contiguous() if x.device.type in devices else x.to(devices[0])
-        )  # NCCL, and weights in the CPU's memory
+        # NCCL takes no sums over weights that lie in the CPU's memory.
+        there = x.contiguous() if x.device.type in devices else x.to(devices[0])
         dist.all_reduce(there, op, group)
         x = there.to(x.device)
     return x
@@ -271,12 +270,13 @@ def _layout_of_zero(p: Tensor, originals: Sequence[Any], known: Given) -> Layout
         else:
             lies, is_from = here.hp_fragment_address, here.lp_fragment_address
             runs.append(Run(known.position(q), q.numel(), is_from.start, lies.start, lies.numel))
-    return Layout(runs, (originals[0]._dp_group,), is_flat=True)
+    processes = next(q._dp_group for q in originals if hasattr(q, "_dp_group"))
+    return Layout(runs, (processes,), is_flat=True)
 
 
 def _layout_of_zero3(p: Tensor, originals: Sequence[Any], known: Given) -> Layout:
     """ZeRO-3: a sub-group's parameters, of each this process's equal share, end to end."""
-    zero = originals[0]._z3_optimizer
+    zero = next(q._z3_optimizer for q in originals if hasattr(q, "_z3_optimizer"))
     sub_group = next(i for i, flat in enumerate(zero.fp32_partitioned_groups_flat) if flat is p)
     processes = zero._get_sub_group_process_group(sub_group)
     rank = dist.get_rank(processes)
@@ -285,4 +285,4 @@ def _layout_of_zero3(p: Tensor, originals: Sequence[Any], known: Given) -> Layou
         _, start, share = zero.grad_position[zero.get_param_id(q)]
         first = min(rank * share, q.ds_numel)
         runs.append(Run(known.position(q), q.ds_numel, first, start, min(share, q.ds_numel - first)))
-    return Layout(runs, (processes,), is_flat=True, is_part=len(runs) < len(known.refs))
+    return Layout(runs, (processes,), is_flat=True, is_part=len(runs) < sum(q.requires_grad for q in originals))
