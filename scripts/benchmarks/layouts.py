@@ -20,7 +20,7 @@ from machine import machine
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from tests.layouts.training import LAYOUTS, OPTIMIZERS, STATES, launch, trajectories
+from tests.layouts.training import LAYOUTS, OPTIMIZERS, STATES, launch
 from to_finetune.optim.blocks import SUMS
 from to_finetune.training.record import write_whole
 
@@ -39,19 +39,19 @@ def main() -> None:
         return
     if not options.table:
         with tempfile.TemporaryDirectory() as folder:
-            found = {world: launch(trajectories, world, Path(folder) / str(world)) for world in WORLDS}
-        write_whole(FILE, json.dumps({"machine": machine(), "results": found}, indent=1) + "\n")
+            found = [launch(["trajectories"], world, Path(folder) / str(world)) for world in WORLDS]
+        results = {key: value for part in found for key, value in part["trajectories"].items()}
+        write_whole(FILE, json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
     print(table(json.loads(FILE.read_text())["results"]))
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
+def table(results: dict[str, Any]) -> str:
     """Layouts as rows, optimizers and state formats as columns; each cell the largest deviation of all its runs."""
     largest: dict[tuple[str, str, str], float] = defaultdict(float)
-    for found in results.values():
-        for key, values in found.items():
-            layout, optimizer, state = key.split()
-            cell = layout, optimizer.split("-")[0], state
-            largest[cell] = max(largest[cell], values.get("deviation", 0.0))
+    for key, values in results.items():
+        _, layout, optimizer, state = key.split()
+        cell = layout, optimizer.split("-")[0], state
+        largest[cell] = max(largest[cell], values.get("deviation", 0.0))
     columns = [(variant, state) for variant in dict.fromkeys(x.split("-")[0] for x in OPTIMIZERS) for state in STATES]
     lines = [
         "| layout | " + " | ".join(f"{variant}, {state}" for variant, state in columns) + " |",

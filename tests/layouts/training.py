@@ -11,7 +11,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -203,9 +203,8 @@ def deviation(found: dict[str, Tensor], model: Layers) -> float:
     return max(float((found[name].float() - p).abs().max()) for name, p in wanted.items())
 
 
-def trajectories(rank: int, world: int, folder: str) -> None:
-    """Every layout with every optimizer and state; process 0 writes results.json."""
-    start(rank, world, folder)
+def trajectories(world: int, folder: Path) -> dict[str, Any]:
+    """Every layout with every optimizer and state."""
     results: dict[str, Any] = {}
     for layout, name, state in product(LAYOUTS, OPTIMIZERS, STATES):
         try:
@@ -218,31 +217,29 @@ def trajectories(rank: int, world: int, folder: str) -> None:
             }
         except RuntimeError as error:
             found = {"refused": str(error)}
-        results[f"{layout} {name} {state}"] = found
-    write(results, rank, folder)
+        results[f"{world} {layout} {name} {state}"] = found
+    return results
 
 
-def resumed(rank: int, world: int, folder: str) -> None:
+def resumed(world: int, folder: Path) -> dict[str, float]:
     """Half of each run is saved; half of those that other launches have saved is followed by its other half."""
-    start(rank, world, folder)
-    results: dict[str, Any] = {}
+    results: dict[str, float] = {}
     for (i, layout), (name, state) in product(enumerate(RESUMED_LAYOUTS), RESUMED):
-        for before, saved in product(sorted(Path(folder).glob("*-process")), (layout, RESUMED_LAYOUTS[i - 1])):
+        for before, saved in product(sorted(folder.glob("*-process")), (layout, RESUMED_LAYOUTS[i - 1])):
             if before.name != f"{world}-process":
                 run = Run(layout, name, state)
                 load_state(run.model, run.to(), before / f"{saved} {name} {state}")
                 key = f"{before.name} {saved} to {world}-process {layout} {name} {state}"
                 results[key] = run.train(STEPS // 2).deviation(name, state)
         run = Run(layout, name, state).train(0, STEPS // 2)
-        save_state(run.model, run.to(), Path(folder) / f"{world}-process" / f"{layout} {name} {state}")
-    write(results, rank, folder)
+        save_state(run.model, run.to(), folder / f"{world}-process" / f"{layout} {name} {state}")
+    return results
 
 
-def own_formats(rank: int, world: int, folder: str) -> None:
+def own_formats(world: int, folder: Path) -> dict[str, float]:
     """As `resumed`, with accelerate's own save_state, and DeepSpeed's universal checkpoint where the number changes."""
-    start(rank, world, folder)
-    results: dict[str, Any] = {}
-    here = Path(folder) / f"{world}-process"
+    results: dict[str, float] = {}
+    here = folder / f"{world}-process"
     for layout, (name, state) in product(RESUMED_LAYOUTS, RESUMED):
         case = f"{layout} {name} {state}"
         run = Run(layout, name, state).train(0, STEPS // 2)
@@ -253,7 +250,7 @@ def own_formats(rank: int, world: int, folder: str) -> None:
         results[key] = again.train(STEPS // 2).deviation(name, state)
         if layout in ZERO:
             convert(here / case)
-        for before in sorted(Path(folder).glob("*-process")):
+        for before in sorted(folder.glob("*-process")):
             if before == here or not (before / case).is_dir():
                 continue
             if layout in ZERO:
@@ -264,7 +261,7 @@ def own_formats(rank: int, world: int, folder: str) -> None:
                 other.accelerator.load_state(str(before / case))
             key = f"{before.name} to {world}-process {case}"
             results[key] = other.train(STEPS // 2).deviation(name, state)
-    write(results, rank, folder)
+    return results
 
 
 def convert(folder: Path) -> None:
@@ -279,8 +276,11 @@ def convert(folder: Path) -> None:
     dist.barrier()
 
 
-def write(results: dict[str, Any], rank: int, folder: str) -> None:
-    """Of process 0, as results.json; then all leave."""
+def process(rank: int, world: int, folder: str, parts: Sequence[str]) -> None:
+    """One of the processes; the first writes results.json."""
+    start(rank, world, folder)
+    functions = {f.__name__: f for f in (trajectories, resumed, own_formats)}
+    results = {part: functions[part](world, Path(folder) / part) for part in parts}
     if rank == 0:
         (Path(folder) / "results.json").write_text(json.dumps(results, indent=1))
     dist.destroy_process_group()
@@ -301,9 +301,10 @@ def start(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
 
 
-def launch(function: Callable[..., None], world: int, folder: Path) -> Any:
-    """`function(rank, world, folder)` in processes of their own; returns their results."""
+def launch(parts: Sequence[str], world: int, folder: Path) -> dict[str, dict[str, Any]]:
+    """Do these parts in `world` processes of their own; returns the results of each."""
     folder.mkdir(parents=True, exist_ok=True)
     os.environ["MEETING"] = secrets.token_hex(4)
-    torch.multiprocessing.spawn(function, args=(world, str(folder)), nprocs=world)
-    return json.loads((folder / "results.json").read_text())
+    torch.multiprocessing.spawn(process, args=(world, str(folder), parts), nprocs=world)
+    found: dict[str, dict[str, Any]] = json.loads((folder / "results.json").read_text())
+    return found
