@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from to_finetune.optim import TrainableOptimizer
-from to_finetune.optim import optimizer as optimizer_module
+from to_finetune.optim import TrainableOptimizer, stateful
 from to_finetune.optim.sharding import Layout, Run
 
 from .helpers import OPTIMIZERS
@@ -125,7 +124,7 @@ def train(variant: str, size: int, **options: Any) -> tuple[Tensor, int]:
         return Layout(world.runs(), (world,), is_flat=True)  # type: ignore[arg-type]
 
     patches = (
-        mock.patch.object(optimizer_module, "layout_of", layout),
+        mock.patch.object(stateful, "layout_of", layout),
         mock.patch.object(dist, "all_reduce", world.all_reduce),
         mock.patch.object(dist, "all_gather_object", world.all_gather_object),
         mock.patch.object(dist, "get_world_size", return_value=size),

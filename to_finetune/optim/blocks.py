@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from to_finetune.optim.kernels.inplace import New
 from to_finetune.optim.rules import RankOneSums, rms_factor
 from to_finetune.optim.sharding import Member, Shards, all_reduce
 
@@ -33,6 +32,24 @@ class Totals(NamedTuple):
     norm_square: Tensor
     factor: Tensor | None
     block: RankOneSums
+
+
+class New(NamedTuple):
+    """What a member is to become.
+
+    Attributes:
+        w: the new weights.
+        names, values: the new state.
+        key: of the random bits for storage in fewer bits (`state.state_key`).
+        skip: 0-dim bool; where it is true nothing changes.
+    """
+
+    member: Member
+    w: Tensor
+    names: Sequence[str]
+    values: Sequence[Tensor]
+    key: int | Tensor
+    skip: Tensor | None
 
 
 @dataclass
@@ -78,8 +95,8 @@ def is_group_wide(variant: str, group: Mapping[str, Any]) -> bool:
     return group["scope"] == "group" and needs_weight_sums(variant, group)
 
 
-def share(variant: str, work: Sequence[tuple[Mapping[str, Any], list[Member]]], parts: Sequence[Part]) -> None:
-    """Fill in the totals of the measured parts.
+def share(variant: str, work: Sequence[tuple[Mapping[str, Any], list[Member]]], parts: Sequence[Part]) -> list[Tensor]:
+    """Fill in the totals of the measured parts; returns ``||g||^2`` of all tensors that processes share.
 
     Args:
         variant: of the optimizer.
@@ -109,6 +126,7 @@ def share(variant: str, work: Sequence[tuple[Mapping[str, Any], list[Member]]], 
                 assert part.totals is not None
                 n = part.totals.block.n
                 part.totals = part.totals._replace(block=RankOneSums(*(x.to(n.device).expand_as(n) for x in whole)))
+    return [table[:, GG] for _, table in tables.values()]
 
 
 def _tables(

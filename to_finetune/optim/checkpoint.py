@@ -25,9 +25,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from to_finetune.optim.optimizer import COUNTERS, TrainableOptimizer
+from to_finetune.optim.optimizer import TrainableOptimizer
 from to_finetune.optim.sharding import Member, all_reduce, refresh_model
 from to_finetune.optim.state import exponents_name, pack, unpack_
+from to_finetune.optim.stateful import COUNTERS
 
 Folder = str | os.PathLike[str]
 

@@ -12,10 +12,11 @@ from to_finetune.optim import rules
 from to_finetune.optim.blocks import WW, Part
 from to_finetune.optim.kernels import foreach as foreach_path
 from to_finetune.optim.kernels.batch import may_read
-from to_finetune.optim.optimizer import TrainableOptimizer, compute_dtype
+from to_finetune.optim.optimizer import TrainableOptimizer
 from to_finetune.optim.schedules import decoupled_decay
 from to_finetune.optim.sharding import Member
 from to_finetune.optim.state import read
+from to_finetune.optim.stateful import compute_dtype
 
 
 class DiagonalTO(TrainableOptimizer):

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from to_finetune.optim.kernels.inplace import New, store_
+from to_finetune.optim.blocks import New
+from to_finetune.optim.kernels.inplace import store_
 from to_finetune.optim.sharding import Member, Shards, all_reduce, cut
 from to_finetune.optim.state import BLOCK, blocks_of
 

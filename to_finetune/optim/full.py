@@ -7,8 +7,9 @@ from torch import Tensor
 
 from to_finetune.optim import rules
 from to_finetune.optim.blocks import Part
-from to_finetune.optim.optimizer import TrainableOptimizer, compute_dtype
+from to_finetune.optim.optimizer import TrainableOptimizer
 from to_finetune.optim.schedules import decoupled_decay
+from to_finetune.optim.stateful import compute_dtype
 
 
 class FullTO(TrainableOptimizer):

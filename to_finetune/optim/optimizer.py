@@ -2,60 +2,33 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import reduce
-from itertools import chain
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed import ReduceOp
-from torch.optim import Optimizer
 
-from to_finetune.optim import edges, universal
-from to_finetune.optim.blocks import ERROR, GG, PEAK, SUMS, Part, share
-from to_finetune.optim.checks import check_hyperparameters, check_layout
+from to_finetune.optim import edges
+from to_finetune.optim.blocks import ERROR, GG, PEAK, SUMS, New, Part, share
+from to_finetune.optim.diagnostics import Diagnostics
 from to_finetune.optim.kernels import fused as fused_path
 from to_finetune.optim.kernels.batch import Batch, Carried, as_vector, may_read
-from to_finetune.optim.kernels.inplace import New, Rule, member_bits, moved, store_
-from to_finetune.optim.rules import SMALLEST_DIVISOR, sum_of_squares
+from to_finetune.optim.kernels.inplace import Rule, member_bits, moved, store_
+from to_finetune.optim.rules import sum_of_squares
 from to_finetune.optim.schedules import Rates, decoupled_decay, rates_at
-from to_finetune.optim.sharding import (
-    Given,
-    Layout,
-    Member,
-    Shards,
-    all_reduce,
-    given,
-    layout_of,
-    members_of,
-    packed_state,
-    stand_ins,
-    unpacked_state,
-)
-from to_finetune.optim.state import new_state, state_key, write_
-
-Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-Group = dict[str, Any]
-Piece = tuple[int, int | None]  # a parameter's position, and where in it the piece begins
-COUNTERS = ("step", "pairs", "skipped")
-MAX = ReduceOp.MAX
-WHOLES = "whole_tensors"  # in a saved group: see `universal`
+from to_finetune.optim.sharding import Member, Shards, all_reduce, members_of
+from to_finetune.optim.state import state_key, write_
+from to_finetune.optim.stateful import Group, Params, StatefulOptimizer, compute_dtype
 
 
-class TrainableOptimizer(Optimizer, ABC):
+class TrainableOptimizer(StatefulOptimizer):
     """Base class of `DiagonalTO`, `RankOneTO` and `FullTO`, which differ in the form of the slope alone.
 
     A variant names its state in `state_names` (tensors of the weight's shape that start at zero), the fast paths
     that it has in `fast_paths`, and says in `_update` how a group's weights move on the plain path. State is created
     in `step()` and never changes its dtype on loading.
     """
-
-    state_names: tuple[str, ...]
-    state_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.int8)
-    fast_paths: tuple[str, ...] = ()
-    variant: str  # its name in the fused kernels
 
     def __init__(
         self,
@@ -132,9 +105,6 @@ class TrainableOptimizer(Optimizer, ABC):
             ValueError: for a hyper-parameter out of its range, a fast path that the variant does not have, and
                 complex or integer weights.
         """
-        self._given: list[Given] = []
-        self._groups: list[Group] = []
-        self._edge_slots: edges.Slots = {}
         self.forget_last_step()
         defaults = {
             "lr": lr,
@@ -161,103 +131,12 @@ class TrainableOptimizer(Optimizer, ABC):
         }
         super().__init__(params, defaults)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # of a version that had fewer options
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
-            _name_to_dtype(group)
-        if "_given" not in self.__dict__:  # a copy
-            self._given, self._edge_slots = [], {}
-            for group in self.param_groups:
-                self._remember(group)
-        self._groups = list(self.param_groups)
-        self.forget_last_step()
-
     def forget_last_step(self) -> None:
         """Drop what is remembered of the last step; for whoever changes weights or state behind autograd's back."""
         self._carried: dict[int, Carried] = {}  # by the position of a batch's first member
         self._skip: Tensor | None = None  # whether the last step was skipped, where that is asked for
-        self._forget_diagnostics()
-
-    def _forget_diagnostics(self) -> None:
-        # Of this process, by those who share the weights and by a piece of them: |G - g|^2 and |g|^2; max|g| / |g|.
-        self._squares: dict[Shards, dict[Piece, tuple[Tensor, Tensor]]] = {}
-        self._peaks: dict[Shards, dict[Piece, Tensor]] = {}
-
-    def _remember(self, group: Group) -> None:
-        """Record another group, in whose parameters' place a wrapper may put others."""
-        params = group["params"]
-        options = {key: value for key, value in group.items() if key not in ("params", "lr")}
-        start = sum(len(known.refs) for known in self._given)
-        self._given.append(given(params, start, options))
-
-    def add_param_group(self, param_group: Group) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            _name_to_dtype(group)
-            check_hyperparameters(group, self.state_dtypes)
-            if group["capturable"] and not self.fast_paths:
-                raise ValueError(f"capturable=True is not valid: the memory of {type(self).__name__} grows.")
-            for path in ("foreach", "fused"):
-                if group[path] and path not in self.fast_paths:
-                    raise ValueError(f"{path}=True is not valid: {type(self).__name__} has no such path.")
-            for p in group["params"]:
-                if not p.is_floating_point():
-                    raise ValueError(f"{type(self).__name__} takes real floating-point weights, not {p.dtype}.")
-        except Exception:
-            self.param_groups.pop()
-            raise
-        self._remember(group)
-        self._groups.append(group)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As of any torch optimizer; int8 state as int16, each number with its exponent, which any layout can load."""
-        saved = super().state_dict()
-        wholes: dict[int, Tensor] = {}
-        for index, p, group, layout in self._owners(saved):
-            state = saved["state"][index]
-            if group["state_dtype"] == torch.int8:
-                state = packed_state(layout, p, state, self.state_names)
-            if layout.is_flat:
-                if universal.WHOLE in state:
-                    wholes |= universal.whole(layout, state[universal.WHOLE])
-                state = universal.renamed(state)
-            saved["state"][index] = state
-        for group in saved["param_groups"]:
-            if isinstance(group["state_dtype"], torch.dtype):  # which torch's own tools for state dicts do not take
-                group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
-        if wholes:
-            saved["param_groups"][0][WHOLES] = wholes
-        return saved
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a saved state, keeping each tensor's saved dtype (torch would cast it to the weight's).
-
-        Counts stay on the CPU, so that reading one never waits for a device, unless the device itself counts.
-        """
-        super().load_state_dict(state_dict)
-        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = ((group, p) for group in self.param_groups for p in group["params"])
-        for saved_id, (group, p) in zip(saved_ids, params, strict=True):
-            for name, value in state_dict["state"].get(saved_id, {}).items():
-                if isinstance(value, Tensor):
-                    device = _counting_device(group, p) if name in COUNTERS else p.device
-                    self.state[p][name] = value.to(device)
-        for _, p, group, layout in self._owners(super().state_dict()):
-            if layout.is_flat:
-                self.state[p] = universal.named_back(self.state[p])
-            if group["state_dtype"] == torch.int8:
-                self.state[p] = unpacked_state(layout, p, self.state[p], self.state_names)
-        self.param_groups[0].pop(WHOLES, None)
-
-    def _owners(self, saved: dict[str, Any]) -> Iterator[tuple[int, Tensor, Group, Layout]]:
-        """The tensors that have state: index in the state dict, tensor, group and layout."""
-        for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
-            for i, (index, p) in enumerate(zip(packed["params"], group["params"], strict=True)):
-                if index in saved["state"]:
-                    yield index, p, group, self._layout(group, i, p)
+        self._edge_slots: edges.Slots = {}
+        self._diagnostics = Diagnostics()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -280,7 +159,7 @@ class TrainableOptimizer(Optimizer, ABC):
         if first is None:
             return
         if not first.is_flat:  # DeepSpeed steps its partitions one by one
-            self._forget_diagnostics()
+            self._diagnostics = Diagnostics()
         self._step_members(work)
         for group, members in work:
             if members and group["max_norm"] is not None:
@@ -299,70 +178,16 @@ class TrainableOptimizer(Optimizer, ABC):
         p = group["params"][index]
         self._step_members([(group, self._members_of(group, p, p.grad, self._layout(group, index, p)))])
 
-    def _known(self, group: Group) -> Given:
-        return next(known for known, own in zip(self._given, self._groups, strict=True) if own is group)
-
-    def _layouts(self, group: Group) -> list[tuple[Tensor, Layout]]:
-        """All tensors of a group, also while ZeRO-3 hides them."""
-        tensors = stand_ins(group["params"], self._known(group))
-        return [(p, self._layout(group, i, p)) for i, p in enumerate(tensors)]
-
-    def _layout(self, group: Group, index: int, p: Tensor) -> Layout:
-        layout = layout_of(p, index, self._known(group))
-        check_layout(layout, self.variant, group, len(self._groups))
-        return layout
-
-    def _members(self, group: Group) -> list[Member]:
-        """What this process holds of the group's parameters that have a gradient."""
-        layouts = [(p, self._layout(group, i, p)) for i, p in enumerate(group["params"]) if p.grad is not None]
-        return [member for p, layout in layouts for member in self._members_of(group, p, p.grad, layout)]
-
-    def _members_of(self, group: Group, p: Tensor, grad: Tensor, layout: Layout) -> list[Member]:
-        """The members of one tensor of the group, with their state, made here if there is none."""
-        if grad.is_sparse:
-            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients.")
-        if "exp_avg" in self.state.get(p, {}):
-            self._take_from_deepspeed(group, p, layout)
-        state = self.state[p]
-        is_new = not state
-        if is_new:
-            state.update(self._initial_state(group, p, layout.exponents()))
-        members = members_of(layout, p, grad, state)
-        if is_new:
-            self._start(group, members)
-        return members
-
-    def _take_from_deepspeed(self, group: Group, p: Tensor, layout: Layout) -> None:
-        """Make our state of what DeepSpeed has loaded from a universal checkpoint."""
-        group.update(self._known(group).options)  # it gives each group the first one's
-        wholes = self._groups[0].get(WHOLES, {})
-        dtype = group["state_dtype"] or compute_dtype(p)
-        self.state[p] = universal.taken(layout, p, self.state[p], self.state_names, dtype, wholes)
-        self.forget_last_step()
-
-    def _initial_state(self, group: Group, p: Tensor, blocks: int) -> dict[str, Tensor]:
-        counters = {"step": 0.0, "skipped": 0.0} if group["skip_nonfinite"] else {"step": 0.0}
-        state = {name: torch.full((), x, device=_counting_device(group, p)) for name, x in counters.items()}
-        for name in self.state_names:
-            state.update(new_state(p, name, group["state_dtype"] or compute_dtype(p), blocks))
-        return state
-
-    def _start(self, group: Group, members: Sequence[Member]) -> None:
-        """Set what of new state does not start at zero."""
-
     def _step_members(self, work: Sequence[tuple[Group, list[Member]]]) -> None:
         """Move these weights, and count the step."""
         parts = [part for group, members in work for part in self._parts(group, members)]
-        for _, members in work:
-            for member in members:  # also where no weight is held here: what is summed later is summed by all
-                self._squares.setdefault(member.shards, {})
-                self._peaks.setdefault(member.shards, {})
+        self._diagnostics.expect(member for _, members in work for member in members)
         self._measure(parts)
-        share(self.variant, work, parts)
+        norms = share(self.variant, work, parts)
         for part in parts:
             if part.totals is not None and part.sums is not None:
-                self._keep_peak(part, part.sums, part.totals.norm_square)
-        self._skip = _nonfinite(work, parts)
+                self._diagnostics.add_peak(part, part.sums, part.totals.norm_square)
+        self._skip = _nonfinite(work, parts, norms)
         if self._skip is None or self._skip.device.type != "cpu" or not self._skip:
             for part in parts:
                 if isinstance(part, Batch):
@@ -372,28 +197,6 @@ class TrainableOptimizer(Optimizer, ABC):
             edges.store(work, [new for part in parts for new in part.pending or ()], self._edge_slots)
         for group, members in work:
             self._count(group, members)
-
-    @torch.no_grad()
-    def held(self) -> list[Member]:
-        """All that this process holds: weights and state, made here if there is none, and no gradients."""
-        pairs = [(group, p, layout) for group in self.param_groups for p, layout in self._layouts(group)]
-        return [member for group, p, layout in pairs for member in self._members_of(group, p, p, layout)]
-
-    def names(self, parameters: Mapping[str, Tensor]) -> list[str]:
-        """The name of each parameter, in the optimizer's order, of those in a model.
-
-        Raises:
-            RuntimeError: where the model does not have one of them.
-        """
-        by_tensor = {p: name for name, p in parameters.items()}
-        names = []
-        for group, known in zip(self.param_groups, self._given, strict=True):
-            for i, ref in enumerate(known.refs):
-                here = [p for p in (ref(), *group["params"][i : i + 1]) if p is not None and p in by_tensor]
-                if not here:
-                    raise RuntimeError(f"The optimizer's parameter {known.begin + i} is not one of the model's.")
-                names.append(by_tensor[here[0]])
-        return names
 
     def _parts(self, group: Group, members: list[Member]) -> list[Part]:
         """Those that the fused kernels take, in batches, the others, and edges of int8 blocks apart."""
@@ -428,14 +231,9 @@ class TrainableOptimizer(Optimizer, ABC):
 
     def _update_fused(self, batch: Batch) -> None:
         sums = fused_path.step(batch, self._skip, self._carried)
-        self._squares[batch.shards][_piece(batch.members[0])] = (sums[:, ERROR].sum(), sums[:, GG].sum())
+        self._diagnostics.add_squares(batch.members[0], sums[:, ERROR].sum(), sums[:, GG].sum())
         if batch.measures_itself:
-            self._keep_peak(batch, sums, sums[:, GG])
-
-    def _keep_peak(self, part: Part, sums: Tensor, norm_square: Tensor) -> None:
-        if part.group["grad_scale"] is not None:
-            peaks = sums[:, PEAK] / norm_square.sqrt().clamp(min=SMALLEST_DIVISOR)
-            self._peaks[part.shards][_piece(part.members[0])] = peaks.max()
+            self._diagnostics.add_peak(batch, sums, sums[:, GG])
 
     @abstractmethod
     def _update(self, part: Part) -> None:
@@ -510,7 +308,7 @@ class TrainableOptimizer(Optimizer, ABC):
     def _finish(self, part: Part, i: int, w: Tensor, state: Sequence[Tensor], error: Tensor, g: Tensor) -> None:
         """Store what a member has become, or leave it for `edges.store`."""
         member = part.members[i]
-        self._squares[member.shards][_piece(member)] = (sum_of_squares(error), sum_of_squares(g))
+        self._diagnostics.add_squares(member, sum_of_squares(error), sum_of_squares(g))
         new = New(member, w, self.state_names, state, self._key(part.group, member), self._skip_on(w.device))
         if part.pending is None:
             store_(new)
@@ -550,14 +348,7 @@ class TrainableOptimizer(Optimizer, ABC):
         `grad_scale`. NaN before the first step, and for a gradient of zeros. Where weights are sharded, all processes
         must call it.
         """
-        sums = []
-        for shards, pieces in self._squares.items():
-            squares = [torch.stack([x.double() for x in pair]) for pair in pieces.values()]
-            sums.append(all_reduce(_folded(squares, torch.Tensor.add, torch.zeros(2, dtype=torch.float64)), shards))
-        if not sums:
-            return torch.tensor(torch.nan)
-        error, norm = _folded(sums, torch.Tensor.add)
-        return (error / norm).sqrt()
+        return self._diagnostics.estimate_error()
 
     def gradient_peak(self) -> Tensor:
         """The largest share ``max|g| / ||g||`` that one element had of its tensor's gradient in the last step.
@@ -568,11 +359,7 @@ class TrainableOptimizer(Optimizer, ABC):
         """
         if not any(group["grad_scale"] for group in self.param_groups):
             return torch.tensor(torch.nan)
-        peaks = [
-            all_reduce(_folded(list(pieces.values()), torch.maximum, torch.zeros((), dtype=torch.float64)), shards, MAX)
-            for shards, pieces in self._peaks.items()
-        ]
-        return _folded(peaks, torch.maximum) if peaks else torch.tensor(torch.nan)
+        return self._diagnostics.gradient_peak()
 
     def skipped_steps(self) -> Tensor:
         """How many steps `skip_nonfinite` has skipped, over all runs of this state; 0-dim, on the weights' device."""
@@ -582,43 +369,21 @@ class TrainableOptimizer(Optimizer, ABC):
         return torch.stack([count.to(counts[0].device) for count in counts]).max()
 
 
-def compute_dtype(p: Tensor) -> torch.dtype:
-    """float32 for weights up to 32 bits, float64 for float64."""
-    return torch.promote_types(p.dtype, torch.float32)
-
-
 def total(parts: Sequence[Tensor]) -> Tensor:
     """The sum of all elements, 0-dim, on the device of the first."""
     return torch.stack([part.sum().to(parts[0].device) for part in parts]).sum()
 
 
-def _counting_device(group: Group, p: Tensor) -> torch.device:
-    """Where p's steps are counted: on the CPU, where reading them never waits, unless the device itself decides."""
-    return p.device if group["capturable"] or group["skip_nonfinite"] else torch.device("cpu")
+def _nonfinite(
+    work: Sequence[tuple[Group, list[Member]]], parts: Sequence[Part], norms: Sequence[Tensor]
+) -> Tensor | None:
+    """Whether any gradient is infinite or NaN, 0-dim bool; None where nobody asks.
 
-
-def _name_to_dtype(group: Group) -> None:
-    if isinstance(group["state_dtype"], str):
-        group["state_dtype"] = getattr(torch, group["state_dtype"], group["state_dtype"])
-
-
-def _piece(member: Member) -> Piece:
-    return member.position, member.first
-
-
-def _folded(parts: Sequence[Tensor], by: Callable[[Tensor, Tensor], Tensor], of_none: Tensor | None = None) -> Tensor:
-    """All parts in one, on the first one's device."""
-    if not parts:
-        assert of_none is not None
-        return of_none
-    return reduce(by, [part.to(parts[0].device) for part in parts])
-
-
-def _nonfinite(work: Sequence[tuple[Group, list[Member]]], parts: Sequence[Part]) -> Tensor | None:
-    """Whether any gradient is infinite or NaN, 0-dim bool; None where nobody asks."""
+    norms: ``||g||^2`` of all tensors that processes share, also of those of which none is here.
+    """
     if not any(group["skip_nonfinite"] for group, _ in work):
         return None
-    finite = [torch.ones((), dtype=torch.bool)]
+    finite = [torch.ones((), dtype=torch.bool), *(norm.isfinite().all() for norm in norms)]
     for part in parts:
         if part.totals is not None:
             finite.append(part.totals.norm_square.isfinite().all())

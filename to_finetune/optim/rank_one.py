@@ -8,10 +8,11 @@ from torch import Tensor
 
 from to_finetune.optim import rules
 from to_finetune.optim.blocks import UB, UG, UU, VW, WW, Part
-from to_finetune.optim.optimizer import Group, TrainableOptimizer, compute_dtype
+from to_finetune.optim.optimizer import TrainableOptimizer
 from to_finetune.optim.rules import RankOneSums
 from to_finetune.optim.sharding import Member
 from to_finetune.optim.state import fill_, read
+from to_finetune.optim.stateful import Group, compute_dtype
 
 
 class RankOneTO(TrainableOptimizer):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from to_finetune.optim.optimizer import Group, TrainableOptimizer
+from to_finetune.optim.optimizer import TrainableOptimizer
+from to_finetune.optim.stateful import Group
 
 NEEDS_ALL = "it needs the gradients of all weights before the first one moves, which stepping in backward does not have"
 

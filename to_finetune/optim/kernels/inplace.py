@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
+from to_finetune.optim.blocks import New
 from to_finetune.optim.sharding import Member
 from to_finetune.optim.state import exponents_name, random_bits, read, write_
 
@@ -29,24 +30,6 @@ def moved(
     w = member.p.to(g.dtype)
     new_w, *state, G = rule(w, g, *(read(member.state, name, g.dtype) for name in names), **hyperparameters)
     return new_w - decay * w, state, G
-
-
-class New(NamedTuple):
-    """What a member is to become.
-
-    Attributes:
-        w: the new weights.
-        names, values: the new state.
-        key: of the random bits for storage in fewer bits (`state.state_key`).
-        skip: 0-dim bool; where it is true nothing changes.
-    """
-
-    member: Member
-    w: Tensor
-    names: Sequence[str]
-    values: Sequence[Tensor]
-    key: int | Tensor
-    skip: Tensor | None
 
 
 def store_(new: New, peaks: Sequence[Tensor] | None = None) -> None:

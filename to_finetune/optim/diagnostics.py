@@ -1,0 +1,67 @@
+"""What the last step has shown: how far the estimate was from the gradient, and how uneven the gradient was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+from torch.distributed import ReduceOp
+
+from to_finetune.optim.blocks import PEAK, Part
+from to_finetune.optim.rules import SMALLEST_DIVISOR
+from to_finetune.optim.sharding import Member, Shards, all_reduce
+
+Piece = tuple[int, int | None]  # a parameter's position, and where in it the piece begins
+
+
+class Diagnostics:
+    """Sums over this process's pieces, by those who share the weights; added up over all when they are read."""
+
+    def __init__(self) -> None:
+        self._squares: dict[Shards, dict[Piece, tuple[Tensor, Tensor]]] = {}  # |G - g|^2 and |g|^2
+        self._peaks: dict[Shards, dict[Piece, Tensor]] = {}  # max|g| / |g|
+
+    def expect(self, members: Iterable[Member]) -> None:
+        """Also where no weight is held here: what is added up later is added up by all processes."""
+        for member in members:
+            self._squares.setdefault(member.shards, {})
+            self._peaks.setdefault(member.shards, {})
+
+    def add_squares(self, member: Member, error: Tensor, norm: Tensor) -> None:
+        """``||G - g||^2`` and ``||g||^2`` of a member, or of a batch that begins with it."""
+        self._squares[member.shards][_piece(member)] = error, norm
+
+    def add_peak(self, part: Part, sums: Tensor, norm_square: Tensor) -> None:
+        """From the sums over a part's members, and ``||g||^2`` of their whole tensors."""
+        if part.group["grad_scale"] is not None:
+            peaks = sums[:, PEAK] / norm_square.sqrt().clamp(min=SMALLEST_DIVISOR)
+            self._peaks[part.shards][_piece(part.members[0])] = peaks.max()
+
+    def estimate_error(self) -> Tensor:
+        """``||G - g|| / ||g||``, 0-dim; NaN before the first step."""
+        sums = []
+        for shards, pieces in self._squares.items():
+            squares = [torch.stack([x.double() for x in pair]) for pair in pieces.values()]
+            sums.append(all_reduce(_folded(squares, Tensor.add, torch.zeros(2, dtype=torch.float64)), shards))
+        error, norm = _folded(sums, Tensor.add, torch.full((2,), torch.nan))
+        return (error / norm).sqrt()
+
+    def gradient_peak(self) -> Tensor:
+        """The largest ``max|g| / ||g||`` of a tensor, 0-dim; NaN before the first step."""
+        none = torch.zeros((), dtype=torch.float64)
+        peaks = [
+            all_reduce(_folded(list(pieces.values()), torch.maximum, none), shards, ReduceOp.MAX)
+            for shards, pieces in self._peaks.items()
+        ]
+        return _folded(peaks, torch.maximum, torch.tensor(torch.nan))
+
+
+def _piece(member: Member) -> Piece:
+    return member.position, member.first
+
+
+def _folded(parts: Sequence[Tensor], by: Callable[[Tensor, Tensor], Tensor], of_none: Tensor) -> Tensor:
+    """All parts in one, on the first one's device."""
+    return reduce(by, [part.to(parts[0].device) for part in parts]) if parts else of_none

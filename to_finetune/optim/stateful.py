@@ -1,0 +1,225 @@
+"""Parameter groups and their state, whole or in pieces: made lazily, saved and loaded in any layout."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from to_finetune.optim import universal
+from to_finetune.optim.checks import check_hyperparameters, check_layout
+from to_finetune.optim.sharding import (
+    Given,
+    Layout,
+    Member,
+    given,
+    layout_of,
+    members_of,
+    packed_state,
+    stand_ins,
+    unpacked_state,
+)
+from to_finetune.optim.state import new_state
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Group = dict[str, Any]
+COUNTERS = ("step", "pairs", "skipped")
+WHOLES = "whole_tensors"  # in a saved group: see `universal`
+
+
+class StatefulOptimizer(Optimizer, ABC):
+    """What an optimizer holds, apart from what it does with it in a step."""
+
+    state_names: tuple[str, ...]
+    state_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.int8)
+    fast_paths: tuple[str, ...] = ()
+    variant: str  # its name in the fused kernels
+
+    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+        self._given: list[Given] = []
+        self._groups: list[Group] = []
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: Group) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _name_to_dtype(group)
+            check_hyperparameters(group, self.state_dtypes)
+            if group["capturable"] and not self.fast_paths:
+                raise ValueError(f"capturable=True is not valid: the memory of {type(self).__name__} grows.")
+            for path in ("foreach", "fused"):
+                if group[path] and path not in self.fast_paths:
+                    raise ValueError(f"{path}=True is not valid: {type(self).__name__} has no such path.")
+            for p in group["params"]:
+                if not p.is_floating_point():
+                    raise ValueError(f"{type(self).__name__} takes real floating-point weights, not {p.dtype}.")
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._remember(group)
+        self._groups.append(group)
+
+    def _remember(self, group: Group) -> None:
+        """Record another group, in whose parameters' place a wrapper may put others."""
+        params = group["params"]
+        options = {key: value for key, value in group.items() if key not in ("params", "lr")}
+        start = sum(len(known.refs) for known in self._given)
+        self._given.append(given(params, start, options))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # of a version that had fewer options
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            _name_to_dtype(group)
+        if "_given" not in self.__dict__:  # a copy
+            self._given = []
+            for group in self.param_groups:
+                self._remember(group)
+        self._groups = list(self.param_groups)
+        self.forget_last_step()
+
+    @abstractmethod
+    def forget_last_step(self) -> None:
+        """Drop what is remembered of the last step; for whoever changes weights or state behind autograd's back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any torch optimizer; int8 state as int16, each number with its exponent, which any layout can load."""
+        saved = super().state_dict()
+        wholes: dict[int, Tensor] = {}
+        for index, p, group, layout in self._owners(saved):
+            state = saved["state"][index]
+            if group["state_dtype"] == torch.int8:
+                state = packed_state(layout, p, state, self.state_names)
+            if layout.is_flat:
+                if universal.WHOLE in state:
+                    wholes |= universal.whole(layout, state[universal.WHOLE])
+                state = universal.renamed(state)
+            saved["state"][index] = state
+        for group in saved["param_groups"]:
+            if isinstance(group["state_dtype"], torch.dtype):  # which torch's own tools for state dicts do not take
+                group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
+        if wholes:
+            saved["param_groups"][0][WHOLES] = wholes
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a saved state, keeping each tensor's saved dtype (torch would cast it to the weight's).
+
+        Counts stay on the CPU, so that reading one never waits for a device, unless the device itself counts.
+        """
+        super().load_state_dict(state_dict)
+        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = ((group, p) for group in self.param_groups for p in group["params"])
+        for saved_id, (group, p) in zip(saved_ids, params, strict=True):
+            for name, value in state_dict["state"].get(saved_id, {}).items():
+                if isinstance(value, Tensor):
+                    device = _counting_device(group, p) if name in COUNTERS else p.device
+                    self.state[p][name] = value.to(device)
+        for _, p, group, layout in self._owners(super().state_dict()):
+            if layout.is_flat:
+                self.state[p] = universal.named_back(self.state[p])
+            if group["state_dtype"] == torch.int8:
+                self.state[p] = unpacked_state(layout, p, self.state[p], self.state_names)
+        self.param_groups[0].pop(WHOLES, None)
+
+    def _owners(self, saved: dict[str, Any]) -> Iterator[tuple[int, Tensor, Group, Layout]]:
+        """The tensors that have state: index in the state dict, tensor, group and layout."""
+        for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
+            for i, (index, p) in enumerate(zip(packed["params"], group["params"], strict=True)):
+                if index in saved["state"]:
+                    yield index, p, group, self._layout(group, i, p)
+
+    @torch.no_grad()
+    def held(self) -> list[Member]:
+        """All that this process holds: weights and state, made here if there is none, and no gradients."""
+        pairs = [(group, p, layout) for group in self.param_groups for p, layout in self._layouts(group)]
+        return [member for group, p, layout in pairs for member in self._members_of(group, p, p, layout)]
+
+    def names(self, parameters: Mapping[str, Tensor]) -> list[str]:
+        """The name of each parameter, in the optimizer's order, of those in a model.
+
+        Raises:
+            RuntimeError: where the model does not have one of them.
+        """
+        by_tensor = {p: name for name, p in parameters.items()}
+        names = []
+        for group, known in zip(self.param_groups, self._given, strict=True):
+            for i, ref in enumerate(known.refs):
+                here = [p for p in (ref(), *group["params"][i : i + 1]) if p is not None and p in by_tensor]
+                if not here:
+                    raise RuntimeError(f"The optimizer's parameter {known.begin + i} is not one of the model's.")
+                names.append(by_tensor[here[0]])
+        return names
+
+    def _known(self, group: Group) -> Given:
+        return next(known for known, own in zip(self._given, self._groups, strict=True) if own is group)
+
+    def _layouts(self, group: Group) -> list[tuple[Tensor, Layout]]:
+        """All tensors of a group, also while ZeRO-3 hides them."""
+        tensors = stand_ins(group["params"], self._known(group))
+        return [(p, self._layout(group, i, p)) for i, p in enumerate(tensors)]
+
+    def _layout(self, group: Group, index: int, p: Tensor) -> Layout:
+        layout = layout_of(p, index, self._known(group))
+        check_layout(layout, self.variant, group, len(self._groups))
+        return layout
+
+    def _members(self, group: Group) -> list[Member]:
+        """What this process holds of the group's parameters that have a gradient."""
+        layouts = [(p, self._layout(group, i, p)) for i, p in enumerate(group["params"]) if p.grad is not None]
+        return [member for p, layout in layouts for member in self._members_of(group, p, p.grad, layout)]
+
+    def _members_of(self, group: Group, p: Tensor, grad: Tensor, layout: Layout) -> list[Member]:
+        """The members of one tensor of the group, with their state, made here if there is none."""
+        if grad.is_sparse:
+            raise RuntimeError(f"{type(self).__name__} does not support sparse gradients.")
+        if "exp_avg" in self.state.get(p, {}):
+            self._take_from_deepspeed(group, p, layout)
+        state = self.state[p]
+        is_new = not state
+        if is_new:
+            state.update(self._initial_state(group, p, layout.exponents()))
+        members = members_of(layout, p, grad, state)
+        if is_new:
+            self._start(group, members)
+        return members
+
+    def _take_from_deepspeed(self, group: Group, p: Tensor, layout: Layout) -> None:
+        """Make our state of what DeepSpeed has loaded from a universal checkpoint."""
+        group.update(self._known(group).options)  # it gives each group the first one's
+        wholes = self._groups[0].get(WHOLES, {})
+        dtype = group["state_dtype"] or compute_dtype(p)
+        self.state[p] = universal.taken(layout, p, self.state[p], self.state_names, dtype, wholes)
+        self.forget_last_step()
+
+    def _initial_state(self, group: Group, p: Tensor, blocks: int) -> dict[str, Tensor]:
+        counters = {"step": 0.0, "skipped": 0.0} if group["skip_nonfinite"] else {"step": 0.0}
+        state = {name: torch.full((), x, device=_counting_device(group, p)) for name, x in counters.items()}
+        for name in self.state_names:
+            state.update(new_state(p, name, group["state_dtype"] or compute_dtype(p), blocks))
+        return state
+
+    def _start(self, group: Group, members: Sequence[Member]) -> None:
+        """Set what of new state does not start at zero."""
+
+
+def compute_dtype(p: Tensor) -> torch.dtype:
+    """float32 for weights up to 32 bits, float64 for float64."""
+    return torch.promote_types(p.dtype, torch.float32)
+
+
+def _counting_device(group: Group, p: Tensor) -> torch.device:
+    """Where p's steps are counted: on the CPU, where reading them never waits, unless the device itself decides."""
+    return p.device if group["capturable"] or group["skip_nonfinite"] else torch.device("cpu")
+
+
+def _name_to_dtype(group: Group) -> None:
+    if isinstance(group["state_dtype"], str):
+        group["state_dtype"] = getattr(torch, group["state_dtype"], group["state_dtype"])
