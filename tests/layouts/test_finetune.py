@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from ..helpers import Run, flags
 from .on_cpu import ROOT, command, launch, settings
@@ -100,6 +101,25 @@ def assert_only_the_trained_part_was_written(folder: Path, state_bytes: int) -> 
     known = {"trained.safetensors", "to_state", "scheduler.pt", "trainer_state.json", "training_args.bin"}
     others = [file for file in folder.iterdir() if file.name not in known]
     assert sum(file.stat().st_size for file in others) < 100_000, others  # the tokenizer, and random states
+
+
+def test_a_model_trained_whole_goes_from_one_process_to_zero_and_back(
+    finetune: Callable[..., Run], llama: Path, alpaca: Path, tmp_path: Path
+) -> None:
+    """Its weights are in the checkpoint's state too, where both read them."""
+    whole = {**options(llama, alpaca, 1), "unfrozen_parameters": None, "save_strategy": "steps", "save_steps": 1}
+    alone = finetune(tmp_path / "alone", **whole)
+    words = flags(**{**whole, "per_device_train_batch_size": ROWS // 2}, output_dir=tmp_path / "zero")
+    going_on = flags(resume_from_checkpoint=alone.folder / "checkpoint-2")
+    done = launch(ROOT / "configs" / "accelerate" / "zero2.yaml", 2, *words, *going_on)
+    assert done.returncode == 0, done.stderr
+    back = finetune(tmp_path / "back", **whole, resume_from_checkpoint=tmp_path / "zero" / "checkpoint-3")
+    wanted = load_file(alone.folder / "model.safetensors")
+    for folder in (tmp_path / "zero", back.folder):
+        found = load_file(folder / "model.safetensors")
+        assert found.keys() == wanted.keys()
+        for name, weights in wanted.items():
+            torch.testing.assert_close(found[name], weights, rtol=1e-4, atol=2e-5)
 
 
 def test_two_machines(alone: dict[str, Run], llama: Path, alpaca: Path, tmp_path: Path) -> None:

@@ -169,8 +169,8 @@ def _totals(group: Mapping[str, Any], sums: Tensor, members: Sequence[Member]) -
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """A small array that was made on the host, on the kernels' device, without waiting for it."""
-    if device.type == "cpu":
-        return x
+    if device.type != "cuda":
+        return x.to(device)
     pinned = x.pin_memory()
     if torch.cuda.is_current_stream_capturing():
         _READ_BY_GRAPHS.append(pinned)

@@ -1,4 +1,4 @@
-"""What the three optimizers share: parameter groups, lazy state, the gradient they see, checks, diagnostics."""
+"""What the three optimizers share: their options, and a step from gradients to weights."""
 
 from __future__ import annotations
 

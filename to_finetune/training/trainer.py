@@ -126,16 +126,11 @@ class TrainableOptimizerMixin(_Base):
         if optimizer is None:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        save_state(
-            self.model_wrapped, optimizer, os.path.join(output_dir, STATE_NAME), weights=self._state_has_weights()
-        )
+        whole = not self.is_partly_frozen()  # whose weights no file has that all layouts read
+        save_state(self.model_wrapped, optimizer, os.path.join(output_dir, STATE_NAME), weights=whole)
         if self.args.should_save:
             assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
-
-    def _state_has_weights(self) -> bool:
-        """A whole model that is sharded would have to be gathered, and DeepSpeed's 32-bit weights would be lost."""
-        return self.is_sharded() and not self.is_partly_frozen()
 
     def _save_rng_state(self, output_dir: str) -> None:
         """The last that every process writes: trainer_state.json, which follows, says that all of it is there."""
@@ -157,16 +152,16 @@ class TrainableOptimizerMixin(_Base):
         folder = str(resume_from_checkpoint)
         if os.path.isfile(os.path.join(folder, TRAINED_WEIGHTS_NAME)):
             self._load_trained(folder)
-        elif not (self._state_has_weights() and os.path.isdir(os.path.join(folder, STATE_NAME))):
+        elif not (self.is_sharded() and os.path.isdir(os.path.join(folder, STATE_NAME))):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         state = os.path.join(str(checkpoint), STATE_NAME)
-        optimizer = self._by_name() if self.optimizer is not None else None
+        optimizer = self._by_name()
         if checkpoint is None or optimizer is None or not os.path.isdir(state):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        load_state(self.model_wrapped, optimizer, state, weights=self._state_has_weights())
+        load_state(self.model_wrapped, optimizer, state, weights=not self.is_partly_frozen())
         assert self.lr_scheduler is not None
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
         for group, lr in zip(optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
@@ -180,7 +175,7 @@ class TrainableOptimizerMixin(_Base):
             super()._load_best_model()
 
     def _load_trained(self, folder: str) -> None:
-        optimizer = self._by_name() if self.is_sharded() and self.optimizer is not None else None
+        optimizer = self._by_name() if self.is_sharded() else None
         if optimizer is None:
             load_trained(self.accelerator.unwrap_model(self.model), folder)
         else:
