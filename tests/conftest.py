@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 _HOME = tempfile.TemporaryDirectory(prefix="to-finetune-tests-")
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_HOME=_HOME.name, TOKENIZERS_PARALLELISM="false")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before our kernels, or DeepSpeed, import Triton
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,9 @@ def command(processes: int, *flags: Any, **options: Any) -> list[str]:
 
 
 def settings(config: Path, **more: str) -> dict[str, str]:
-    return {**environment(config), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", **more}
+    """The environment of the processes; Triton's interpreter is for the tests of our kernels alone."""
+    own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "TRITON_INTERPRET": "0"}
+    return {**environment(config), **own, **more}
 
 
 def launch(config: Path, processes: int, *flags: Any, **more: str) -> subprocess.CompletedProcess[str]:

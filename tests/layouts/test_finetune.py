@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from ..helpers import Run, flags
 from .on_cpu import ROOT, command, launch, settings
 
-pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 LAYOUTS = [path.stem for path in CONFIGS if path.stem != "multi_node"]
 OPTIMIZERS = ("diagonal_to", "rank_one_to")

@@ -295,6 +295,7 @@ def start(rank: int, world: int, folder: str) -> None:
         WORLD_SIZE=str(world),
         LOCAL_WORLD_SIZE=str(world),
         DS_ACCELERATOR="cpu",
+        TRITON_INTERPRET="0",
     )
     use_gloo()
     meeting = Path(folder) / f"meeting-{os.environ['MEETING']}"
