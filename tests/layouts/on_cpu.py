@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
@@ -50,14 +50,19 @@ def launch(config: Path, processes: int, *flags: Any, **more: str) -> subprocess
     )
 
 
-def allow_fsdp_on_the_cpu() -> None:
+def shard_with(plugin: FullyShardedDataParallelPlugin) -> None:
     """Tell accelerate that these processes are what it shards over."""
+    AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+    PartialState._shared_state.update(distributed_type=DistributedType.FSDP)
+
+
+def allow_fsdp_on_the_cpu() -> None:
+    """Whenever accelerate looks what it runs on."""
     init = AcceleratorState.__init__
 
     def patched(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        plugin = FullyShardedDataParallelPlugin()
-        AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
+        shard_with(FullyShardedDataParallelPlugin())
 
     AcceleratorState.__init__ = patched  # type: ignore[method-assign]
 

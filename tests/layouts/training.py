@@ -21,14 +21,14 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from to_finetune.optim import DiagonalTO, RankOneTO, TrainableOptimizer
 from to_finetune.optim.checkpoint import load_state, save_state
 
-from .on_cpu import use_gloo
+from .on_cpu import shard_with, use_gloo
 
 STEPS, ROWS = 4, 12
 RECOMMENDED = {"alpha": 0.3, "relative_alpha": True, "grad_scale": "rms", "lr": 0.01}
@@ -143,8 +143,7 @@ def accelerator_for(layout: str, **settings_of_deepspeed: Any) -> Accelerator:
             cpu_offload=CPUOffloadPolicy(pin_memory=False) if layout == "fsdp2-offload" else False,
             cpu_ram_efficient_loading=False,
         )
-        AcceleratorState._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=plugin)
-        PartialState._shared_state.update(distributed_type=DistributedType.FSDP)
+        shard_with(plugin)
     return accelerator
 
 

@@ -167,3 +167,21 @@ def test_skipped_steps_are_saved_and_loaded(variant: str) -> None:
     fresh = OPTIMIZERS[variant]([Parameter(p.detach().clone()) for p in params], skip_nonfinite=True)
     fresh.load_state_dict(optimizer.state_dict())
     assert fresh.skipped_steps() == 1
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("kind", ["diagonal", "rank_one"])
+def test_one_group_that_skips_makes_all_skip(kind: str, fused: bool | None) -> None:
+    """Also for an infinity in a group that does not ask, and measures its weights alone."""
+    params = [Parameter(torch.randn(40)) for _ in range(3)]
+    groups = [{"params": params[:1], "skip_nonfinite": True}, {"params": params[1:], "relative_alpha": True}]
+    optimizer = OPTIMIZERS[kind](groups, fused=fused)
+    for bad in (False, True, False):
+        before = [p.detach().clone() for p in params]
+        for p in params:
+            p.grad = torch.ones(40)
+        if bad:
+            params[2].grad[0] = torch.inf  # type: ignore[index]
+        optimizer.step()
+        assert all(torch.equal(p, q) == bad for p, q in zip(params, before, strict=True))
+    assert optimizer.skipped_steps() == 1

@@ -91,6 +91,23 @@ def one_process_has_an_infinity() -> None:
     assert optimizer.skipped_steps() == 1
 
 
+def one_group_asks_for_all() -> None:
+    """An infinity in another group, on one process, skips the step too; what that group remembers is not asked."""
+    net = fully_shard(model(torch.float32))
+    first, *others = net.parameters()
+    groups = [{"params": [first], "skip_nonfinite": True}, {"params": others, "relative_alpha": True}]
+    optimizer = DiagonalTO(groups)
+    for step in range(2):
+        before = [whole(p).clone() for p in net.parameters()]
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        if step == 1 and dist.get_rank() == 0:
+            others[1].grad.to_local()[0, 0] = torch.inf  # type: ignore[union-attr]
+        optimizer.step()
+    assert all(torch.equal(whole(p), q) for p, q in zip(net.parameters(), before, strict=True))
+    assert optimizer.skipped_steps() == 1
+
+
 def refusals() -> None:
     """What shards cannot do says so."""
     mesh = init_device_mesh("cpu", (PROCESSES,))
@@ -134,6 +151,7 @@ def main(rank: int, folder: str) -> None:
     same_gradients(lambda params: RankOneTO(params, alpha=0.5), torch.float32, rtol=1e-6, atol=1e-7)
     in_backward()
     one_process_has_an_infinity()
+    one_group_asks_for_all()
     refusals()
     columns_agree()
     dist.destroy_process_group()

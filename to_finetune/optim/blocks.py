@@ -57,6 +57,7 @@ class Part:
     """Members of one group that are measured and moved together.
 
     Attributes:
+        may_skip: whether a group asks for steps to be skipped, which all gradients must be measured for.
         sums: over the weights of this process, (members, 8) float64; None where none are needed, or not yet.
         totals: what `share` makes of them.
         pending: for pieces of int8 blocks, what they are to become; None where results are stored at once.
@@ -65,6 +66,7 @@ class Part:
     group: Mapping[str, Any]
     variant: str
     members: list[Member]
+    may_skip: bool
     sums: Tensor | None = None
     totals: Totals | None = None
     pending: list[New] | None = None
@@ -79,15 +81,15 @@ class Part:
 
     @property
     def needs_gradient_sums(self) -> bool:
-        return needs_gradient_sums(self.variant, self.group)
+        return needs_gradient_sums(self.variant, self.group, self.may_skip)
 
 
 def needs_weight_sums(variant: str, group: Mapping[str, Any]) -> bool:
     return variant == "rank_one" or (variant == "diagonal" and group["relative_alpha"])
 
 
-def needs_gradient_sums(variant: str, group: Mapping[str, Any]) -> bool:
-    return variant == "rank_one" or group["grad_scale"] is not None or group["skip_nonfinite"]
+def needs_gradient_sums(variant: str, group: Mapping[str, Any], may_skip: bool) -> bool:
+    return variant == "rank_one" or group["grad_scale"] is not None or may_skip
 
 
 def is_group_wide(variant: str, group: Mapping[str, Any]) -> bool:
@@ -95,16 +97,20 @@ def is_group_wide(variant: str, group: Mapping[str, Any]) -> bool:
     return group["scope"] == "group" and needs_weight_sums(variant, group)
 
 
-def share(variant: str, work: Sequence[tuple[Mapping[str, Any], list[Member]]], parts: Sequence[Part]) -> list[Tensor]:
-    """Fill in the totals of the measured parts; returns ``||g||^2`` of all tensors that processes share.
+Work = Sequence[tuple[Mapping[str, Any], list[Member]]]
+
+
+def share(variant: str, may_skip: bool, work: Work, parts: Sequence[Part]) -> list[Tensor]:
+    """Fill in the totals of the measured parts; returns their ``||g||^2``, and those of all tensors that are shared.
 
     Args:
         variant: of the optimizer.
+        may_skip: as `Part` has it.
         work: the groups and all their members, also those without a weight on this process: all processes must bring
             the same rows to the all-reduce.
         parts: measured.
     """
-    tables = _tables(variant, work, parts)
+    tables = _tables(variant, may_skip, work, parts)
     for group, members in work:
         measured = [part for part in parts if part.group is group and part.sums is not None]
         for part in measured:
@@ -126,16 +132,17 @@ def share(variant: str, work: Sequence[tuple[Mapping[str, Any], list[Member]]], 
                 assert part.totals is not None
                 n = part.totals.block.n
                 part.totals = part.totals._replace(block=RankOneSums(*(x.to(n.device).expand_as(n) for x in whole)))
-    return [table[:, GG] for _, table in tables.values()]
+    own = [part.totals.norm_square for part in parts if part.totals and not part.shards]
+    return [*own, *(table[:, GG] for _, table in tables.values())]
 
 
 def _tables(
-    variant: str, work: Sequence[tuple[Mapping[str, Any], list[Member]]], parts: Sequence[Part]
+    variant: str, may_skip: bool, work: Work, parts: Sequence[Part]
 ) -> dict[Shards, tuple[dict[int, int], Tensor]]:
     """For each set of processes: the rows of the parameters that they share, and their sums, (rows, 8) float64."""
     held: dict[Shards, dict[int, Member]] = {}
     for group, members in work:
-        if needs_weight_sums(variant, group) or needs_gradient_sums(variant, group):
+        if needs_weight_sums(variant, group) or needs_gradient_sums(variant, group, may_skip):
             for member in members:
                 if member.shards:
                     held.setdefault(member.shards, {}).setdefault(member.position, member)

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import (
@@ -26,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from to_finetune.optim.optimizer import TrainableOptimizer
-from to_finetune.optim.sharding import Member, all_reduce, refresh_model
+from to_finetune.optim.sharding import Member, gathered, refresh_model
 from to_finetune.optim.state import exponents_name, pack, unpack_
 from to_finetune.optim.stateful import COUNTERS
 
@@ -81,7 +80,7 @@ def load_state(model: nn.Module, optimizer: TrainableOptimizer, folder: Folder, 
             take()
     optimizer.forget_last_step()
     if weights:
-        refresh_model(model, optimizer.held())
+        refresh_model(model, contents.members)
 
 
 def whole_weights(model: nn.Module, optimizer: TrainableOptimizer) -> dict[str, Tensor]:
@@ -94,16 +93,13 @@ def whole_weights(model: nn.Module, optimizer: TrainableOptimizer) -> dict[str, 
     here: dict[int, list[Member]] = {}
     for member in optimizer.held():
         here.setdefault(member.position, []).append(member)
-    keeps = not dist.is_initialized() or dist.get_rank() == 0
     weights = {}
-    for position, members in sorted(here.items()):
-        whole = members[0].p.new_zeros(members[0].numel)
-        for member in members:
-            whole[_run(member)] = member.p.detach().view(-1)
-        whole = all_reduce(whole, members[0].shards)
-        if keeps:
+    for position, (first, *others) in sorted(here.items()):
+        pieces = [(_run(member), member.p.detach().view(-1)) for member in (first, *others)]
+        whole = gathered(first.numel, pieces, first.p, first.shards)
+        if whole is not None:
             p = parameters[names[position]]
-            weights[names[position]] = whole.cpu().view(getattr(p, "ds_shape", p.shape))
+            weights[names[position]] = whole.view(getattr(p, "ds_shape", p.shape))
     return weights
 
 
@@ -144,7 +140,8 @@ class _Contents:
         self.values: dict[str, Tensor] = {}
         self.after_loading: list[Callable[[], None]] = []
         names = optimizer.names(named(model))
-        for member in optimizer.held():
+        self.members = optimizer.held()
+        for member in self.members:
             name = names[member.position]
             if weights:
                 self._add(name, member, member.p)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from to_finetune.optim import edges
-from to_finetune.optim.blocks import ERROR, GG, PEAK, SUMS, New, Part, share
+from to_finetune.optim.blocks import ERROR, GG, PEAK, SUMS, WW, New, Part, share
 from to_finetune.optim.diagnostics import Diagnostics
 from to_finetune.optim.kernels import fused as fused_path
 from to_finetune.optim.kernels.batch import Batch, Carried, as_vector, may_read
@@ -180,14 +180,15 @@ class TrainableOptimizer(StatefulOptimizer):
 
     def _step_members(self, work: Sequence[tuple[Group, list[Member]]]) -> None:
         """Move these weights, and count the step."""
-        parts = [part for group, members in work for part in self._parts(group, members)]
+        may_skip = any(group["skip_nonfinite"] for group, _ in work)
+        parts = [part for group, members in work for part in self._parts(group, members, may_skip)]
         self._diagnostics.expect(member for _, members in work for member in members)
         self._measure(parts)
-        norms = share(self.variant, work, parts)
+        norms = share(self.variant, may_skip, work, parts)
         for part in parts:
             if part.totals is not None and part.sums is not None:
                 self._diagnostics.add_peak(part, part.sums, part.totals.norm_square)
-        self._skip = _nonfinite(work, parts, norms)
+        self._skip = _nonfinite(norms) if may_skip else None
         if self._skip is None or self._skip.device.type != "cpu" or not self._skip:
             for part in parts:
                 if isinstance(part, Batch):
@@ -198,32 +199,35 @@ class TrainableOptimizer(StatefulOptimizer):
         for group, members in work:
             self._count(group, members)
 
-    def _parts(self, group: Group, members: list[Member]) -> list[Part]:
+    def _parts(self, group: Group, members: list[Member], may_skip: bool) -> list[Part]:
         """Those that the fused kernels take, in batches, the others, and edges of int8 blocks apart."""
         members = [member for member in members if member.p.numel() > 0]
         members, cut = edges.split(members, self.state_names)
         batches: list[Batch] = []
         if "fused" in self.fast_paths and group["fused"] is not False and not group["foreach"]:
-            batches, members = fused_path.split(self.variant, group, members, self.state_names)
+            batches, members = fused_path.split(self.variant, group, members, self.state_names, may_skip)
         plain: dict[tuple[Shards, bool], Part] = {}
         for those, are_edges in ((members, False), (cut, True)):
             for member in those:
-                key = member.shards, are_edges
-                part = plain.setdefault(key, Part(group, self.variant, [], pending=[] if are_edges else None))
-                part.members.append(member)
+                new = Part(group, self.variant, [], may_skip, pending=[] if are_edges else None)
+                plain.setdefault((member.shards, are_edges), new).members.append(member)
         return [*batches, *plain.values()]
 
     def _measure(self, parts: Sequence[Part]) -> None:
         fused_path.measure([part for part in parts if isinstance(part, Batch)], self._carried)
         for part in parts:
             if not isinstance(part, Batch) and (part.needs_gradient_sums or part.needs_weight_sums):
-                part.sums = torch.stack([self._sums(part.group, member) for member in part.members])
+                part.sums = torch.stack([self._sums(part, member) for member in part.members])
 
-    def _sums(self, group: Mapping[str, Any], member: Member) -> Tensor:
-        """The sums over a member, (8,) float64, as `Part.sums` has them."""
-        g = self._gradient(group, member)
-        found = {GG: sum_of_squares(g), PEAK: g.abs().amax(), **self._own_sums(member, g)}
-        return torch.stack([found[k].to(found[GG]) if k in found else torch.zeros_like(found[GG]) for k in range(SUMS)])
+    def _sums(self, part: Part, member: Member) -> Tensor:
+        """The sums over a member that its part needs, (8,) float64, as `Part.sums` has them."""
+        g = self._gradient(part.group, member)
+        found = self._own_sums(member, g) if part.needs_weight_sums else {}
+        if part.needs_gradient_sums:
+            found |= {GG: sum_of_squares(g), PEAK: g.abs().amax()}
+        like = found.get(GG, found.get(WW))
+        assert like is not None
+        return torch.stack([found[k].to(like) if k in found else torch.zeros_like(like) for k in range(SUMS)])
 
     def _own_sums(self, member: Member, g: Tensor) -> dict[int, Tensor]:
         """The variant's own sums, by their columns."""
@@ -321,7 +325,7 @@ class TrainableOptimizer(StatefulOptimizer):
     def _project(self, group: Group) -> None:
         """Project the vector of the group's weights onto the ball of radius max_norm."""
         members = []
-        for p, layout in self._layouts(group):
+        for p, layout in self.layouts(group):
             members += members_of(layout, p, p, self.state.get(p, {}))
         squares: dict[Shards, list[Tensor]] = {}
         for member in members:
@@ -374,20 +378,7 @@ def total(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack([part.sum().to(parts[0].device) for part in parts]).sum()
 
 
-def _nonfinite(
-    work: Sequence[tuple[Group, list[Member]]], parts: Sequence[Part], norms: Sequence[Tensor]
-) -> Tensor | None:
-    """Whether any gradient is infinite or NaN, 0-dim bool; None where nobody asks.
-
-    norms: ``||g||^2`` of all tensors that processes share, also of those of which none is here.
-    """
-    if not any(group["skip_nonfinite"] for group, _ in work):
-        return None
-    finite = [torch.ones((), dtype=torch.bool), *(norm.isfinite().all() for norm in norms)]
-    for part in parts:
-        if part.totals is not None:
-            finite.append(part.totals.norm_square.isfinite().all())
-        else:
-            finite += [member.grad.isfinite().all() for member in part.members]
-    device = finite[-1].device
-    return ~torch.stack([x.to(device) for x in finite]).all()
+def _nonfinite(norms: Sequence[Tensor]) -> Tensor:
+    """Whether any gradient is infinite or NaN, 0-dim bool, from ``||g||^2`` of all tensors."""
+    finite = [norm.isfinite().all() for norm in norms] or [torch.tensor(True)]
+    return ~torch.stack([x.to(finite[0].device) for x in finite]).all()

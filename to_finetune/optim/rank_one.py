@@ -34,7 +34,7 @@ class RankOneTO(TrainableOptimizer):
     def _block_size(self, group: Group, member: Member) -> int:
         if group["scope"] == "tensor":
             return member.numel
-        return sum(run.numel for _, layout in self._layouts(group) for run in layout.runs)
+        return sum(run.numel for _, layout in self.layouts(group) for run in layout.runs)
 
     def _own_sums(self, member: Member, g: Tensor) -> dict[int, Tensor]:
         state = [read(member.state, name, g.dtype) for name in self.state_names]

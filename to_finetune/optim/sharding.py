@@ -8,7 +8,7 @@ parameters that the optimizer was given; the map back is on those parameters, wh
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +69,17 @@ class Run(NamedTuple):
     first: int | None
     start: int
     length: int
+
+    @property
+    def here(self) -> slice:
+        """Its place in the tensor that holds it."""
+        return slice(self.start, self.start + self.length)
+
+    @property
+    def there(self) -> slice:
+        """Its place in the flattened parameter."""
+        assert self.first is not None
+        return slice(self.first, self.first + self.length)
 
 
 class Layout(NamedTuple):
@@ -166,8 +177,7 @@ def members_of(layout: Layout, p: Tensor, grad: Tensor, state: dict[str, Tensor]
         blocks = blocks_of(run.first or 0, run.length)
         views = cut(state, run.start, run.length, block, blocks)
         block += blocks
-        piece = slice(run.start, run.start + run.length)
-        members.append(Member(run.position, p[piece], grad[piece], views, p, run.numel, run.first, layout.shards))
+        members.append(Member(run.position, p[run.here], grad[run.here], views, p, run.numel, run.first, layout.shards))
     return members
 
 
@@ -191,8 +201,7 @@ def packed_state(layout: Layout, p: Tensor, state: Mapping[str, Any], names: Seq
         codes = local(state[name]).reshape(-1)
         whole = torch.zeros_like(codes, dtype=torch.int16)
         for run, exponents in zip(layout.runs, layout.split(state[exponents_name(name)]), strict=True):
-            piece = slice(run.start, run.start + run.length)
-            whole[piece] = pack(codes[piece], exponents, run.first or 0)
+            whole[run.here] = pack(codes[run.here], exponents, run.first or 0)
         packed[name] = _like(p, whole.view_as(local(p)))
     return packed
 
@@ -209,8 +218,7 @@ def unpacked_state(layout: Layout, p: Tensor, state: Mapping[str, Any], names: S
         new = new_state(p, name, torch.int8, layout.exponents())
         codes = local(new[name]).view(-1)
         for run, exponents in zip(layout.runs, layout.split(new[exponents_name(name)]), strict=True):
-            piece = slice(run.start, run.start + run.length)
-            unpack_(codes[piece], exponents, packed[piece], run.first or 0)
+            unpack_(codes[run.here], exponents, packed[run.here], run.first or 0)
         unpacked |= new
     return unpacked
 
@@ -236,6 +244,23 @@ def all_reduce(x: Tensor, shards: Shards, op: ReduceOp.RedOpType = ReduceOp.SUM)
         dist.all_reduce(there, op, group)
         x = there.to(x.device)
     return x
+
+
+def gathered(numel: int, pieces: Iterable[tuple[slice, Tensor]], like: Tensor, shards: Shards) -> Tensor | None:
+    """The flat tensor of which the processes hold these pieces, on process 0 and its CPU; None on the others.
+
+    Args:
+        numel: of the whole tensor.
+        pieces: of this process, each with its place.
+        like: a tensor of the dtype and on the device of the pieces.
+        shards: all who hold pieces; they must all call it.
+    """
+    exact = torch.int32 if like.dtype == torch.int16 else like.dtype  # NCCL adds no int16
+    whole = torch.zeros(numel, dtype=exact, device=like.device)
+    for place, piece in pieces:
+        whole[place] = piece.to(exact)
+    whole = all_reduce(whole, shards)
+    return whole.to(like.dtype).cpu() if not dist.is_initialized() or dist.get_rank() == 0 else None
 
 
 def _whole(p: Tensor, position: int) -> Layout:

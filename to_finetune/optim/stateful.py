@@ -92,16 +92,20 @@ class StatefulOptimizer(Optimizer, ABC):
     def state_dict(self) -> dict[str, Any]:
         """As of any torch optimizer; int8 state as int16, each number with its exponent, which any layout can load."""
         saved = super().state_dict()
+        tensors = chain.from_iterable(group["params"] for group in self.param_groups)
+        numbers = dict(
+            zip(tensors, chain.from_iterable(group["params"] for group in saved["param_groups"]), strict=True)
+        )
         wholes: dict[int, Tensor] = {}
-        for index, p, group, layout in self._owners(saved):
-            state = saved["state"][index]
+        for p, group, layout in self._owners():
+            state = saved["state"][numbers[p]]
             if group["state_dtype"] == torch.int8:
                 state = packed_state(layout, p, state, self.state_names)
             if layout.is_flat:
                 if universal.WHOLE in state:
                     wholes |= universal.whole(layout, state[universal.WHOLE])
                 state = universal.renamed(state)
-            saved["state"][index] = state
+            saved["state"][numbers[p]] = state
         for group in saved["param_groups"]:
             if isinstance(group["state_dtype"], torch.dtype):  # which torch's own tools for state dicts do not take
                 group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
@@ -122,24 +126,24 @@ class StatefulOptimizer(Optimizer, ABC):
                 if isinstance(value, Tensor):
                     device = _counting_device(group, p) if name in COUNTERS else p.device
                     self.state[p][name] = value.to(device)
-        for _, p, group, layout in self._owners(super().state_dict()):
+        for p, group, layout in self._owners():
             if layout.is_flat:
                 self.state[p] = universal.named_back(self.state[p])
             if group["state_dtype"] == torch.int8:
                 self.state[p] = unpacked_state(layout, p, self.state[p], self.state_names)
         self.param_groups[0].pop(WHOLES, None)
 
-    def _owners(self, saved: dict[str, Any]) -> Iterator[tuple[int, Tensor, Group, Layout]]:
-        """The tensors that have state: index in the state dict, tensor, group and layout."""
-        for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
-            for i, (index, p) in enumerate(zip(packed["params"], group["params"], strict=True)):
-                if index in saved["state"]:
-                    yield index, p, group, self._layout(group, i, p)
+    def _owners(self) -> Iterator[tuple[Tensor, Group, Layout]]:
+        """The tensors that have state, each with its group and layout."""
+        for group in self.param_groups:
+            for i, p in enumerate(group["params"]):
+                if self.state.get(p):
+                    yield p, group, self._layout(group, i, p)
 
     @torch.no_grad()
     def held(self) -> list[Member]:
         """All that this process holds: weights and state, made here if there is none, and no gradients."""
-        pairs = [(group, p, layout) for group in self.param_groups for p, layout in self._layouts(group)]
+        pairs = [(group, p, layout) for group in self.param_groups for p, layout in self.layouts(group)]
         return [member for group, p, layout in pairs for member in self._members_of(group, p, p, layout)]
 
     def names(self, parameters: Mapping[str, Tensor]) -> list[str]:
@@ -161,7 +165,7 @@ class StatefulOptimizer(Optimizer, ABC):
     def _known(self, group: Group) -> Given:
         return next(known for known, own in zip(self._given, self._groups, strict=True) if own is group)
 
-    def _layouts(self, group: Group) -> list[tuple[Tensor, Layout]]:
+    def layouts(self, group: Group) -> list[tuple[Tensor, Layout]]:
         """All tensors of a group, also while ZeRO-3 hides them."""
         tensors = stand_ins(group["params"], self._known(group))
         return [(p, self._layout(group, i, p)) for i, p in enumerate(tensors)]

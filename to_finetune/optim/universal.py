@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from to_finetune.optim.sharding import Layout, all_reduce, unpacked_state
+from to_finetune.optim.sharding import Layout, gathered, unpacked_state
 
 NAMES = {"b": "exp_avg", "a": "exp_avg_sq", "u": "exp_avg_sq"}
 WHOLE = "v"  # what goes whole into the options, under this name
@@ -37,14 +36,9 @@ def whole(layout: Layout, flat: Tensor) -> dict[int, Tensor]:
     """The tensors of which the processes hold pieces, by position, on process 0; nothing on the others."""
     tensors = {}
     for run in layout.runs:
-        like = torch.int32 if flat.dtype == torch.int16 else flat.dtype  # NCCL adds no int16
-        tensor = torch.zeros(run.numel, dtype=like, device=flat.device)
-        if run.length:
-            assert run.first is not None
-            tensor[run.first : run.first + run.length] = flat[run.start : run.start + run.length]
-        tensor = all_reduce(tensor, layout.shards)
-        if dist.get_rank() == 0:
-            tensors[run.position] = tensor.to(flat.dtype).cpu()
+        tensor = gathered(run.numel, [(run.there, flat[run.here])], flat, layout.shards)
+        if tensor is not None:
+            tensors[run.position] = tensor
     return tensors
 
 
@@ -68,10 +62,7 @@ def taken(
     if WHOLE in names:
         flat = torch.zeros_like(p)
         for run in layout.runs:
-            if run.length:
-                assert run.first is not None
-                piece = wholes[run.position][run.first : run.first + run.length]
-                flat[run.start : run.start + run.length] = piece.to(flat)
+            flat[run.here] = wholes[run.position][run.there].to(flat)
         own[WHOLE] = flat
     own = named_back(own)
     stored = torch.int16 if dtype == torch.int8 else dtype

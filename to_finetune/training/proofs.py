@@ -46,9 +46,9 @@ class EngagementProofs(TrainerCallback):
         self.proofs["live_optimizer"] = check_optimizer(live, self.expected)
         self.proofs["trained_tensors"] = check_trained_parameters(model, optimizer)
         if isinstance(live, TrainableOptimizer):
-            sharded = {member.position for member in live.held() if member.shards}
-            if sharded:
-                self.proofs["sharded_tensors"] = len(sharded)
+            layouts = [layout for group in live.param_groups for _, layout in live.layouts(group) if layout.shards]
+            if layouts:
+                self.proofs["sharded_tensors"] = sum(len(layout.runs) for layout in layouts)
         self._before = fingerprints(model)
         self._began_at = state.global_step
 

@@ -10,7 +10,7 @@ import operator
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from itertools import chain
 from types import ModuleType
 from typing import Any
@@ -49,11 +49,11 @@ class Batch(Part):
     table: Tensor = field(kw_only=True)
     held: Tensor | None = None
 
-    @property
+    @cached_property
     def params(self) -> list[Tensor]:
         return [member.p for member in self.members]
 
-    @property
+    @cached_property
     def states(self) -> list[dict[str, Tensor]]:
         return [member.state for member in self.members]
 
@@ -65,10 +65,10 @@ class Batch(Part):
     def measures_itself(self) -> bool:
         """Whether the first pass is part of the second: on the CPU, where no sum concerns more than one tensor."""
         return hasattr(self.kernels, "measure_and_update") and not (
-            self.shards or self.group["skip_nonfinite"] or is_group_wide(self.variant, self.group)
+            self.shards or self.may_skip or is_group_wide(self.variant, self.group)
         )
 
-    @property
+    @cached_property
     def may_carry(self) -> bool:
         """Whether a change of the weights from outside would be seen. DeepSpeed writes its partitions through .data."""
         return all(member.p is local(member.owner) for member in self.members)
@@ -100,7 +100,12 @@ class Carried:
 
 
 def make_batch(
-    kernels: ModuleType, variant: str, group: Mapping[str, Any], members: list[Member], names: Sequence[str]
+    kernels: ModuleType,
+    variant: str,
+    group: Mapping[str, Any],
+    members: list[Member],
+    names: Sequence[str],
+    may_skip: bool,
 ) -> Batch:
     ps, states = [member.p for member in members], [member.state for member in members]
     grads = [member.grad.contiguous() for member in members]
@@ -125,6 +130,7 @@ def make_batch(
         group,
         variant,
         members,
+        may_skip,
         kernels=kernels,
         formats=(VARIANTS[variant], FORMATS[ps[0].dtype], FORMATS[grads[0].dtype], FORMATS[state_dtype]),
         grads=grads,

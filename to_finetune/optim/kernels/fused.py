@@ -62,7 +62,7 @@ def kernels_for(device_type: str) -> ModuleType | None:
 
 
 def split(
-    variant: str, group: Mapping[str, Any], members: list[Member], names: Sequence[str]
+    variant: str, group: Mapping[str, Any], members: list[Member], names: Sequence[str], may_skip: bool
 ) -> tuple[list[Batch], list[Member]]:
     """The members whose device, layout and formats the kernels know, in batches of the same, and the others."""
     alike: dict[Any, tuple[ModuleType | None, list[Member]]] = {}
@@ -80,7 +80,7 @@ def split(
         else:
             batch.append(member)
     batches = ((kernels, batch) for kernels, batch in alike.values() if kernels is not None and batch)
-    return [make_batch(kernels, variant, group, batch, names) for kernels, batch in batches], others
+    return [make_batch(kernels, variant, group, batch, names, may_skip) for kernels, batch in batches], others
 
 
 def _kernels(p: Tensor, formats: Sequence[torch.dtype]) -> ModuleType | None:
