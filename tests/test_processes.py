@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -15,7 +16,7 @@ import torch
 
 from to_finetune.errors import UsageError
 from to_finetune.training.arguments import parse_arguments, resolved_config
-from to_finetune.training.launch import check_processes, processes_asked_for
+from to_finetune.training.launch import check_layout, check_processes, processes_asked_for
 
 from .helpers import Run, flags
 
@@ -136,3 +137,18 @@ def test_fewer_processes_than_asked_for_are_refused(monkeypatch: pytest.MonkeyPa
     check_processes(2)
     with pytest.raises(UsageError, match="asked for 2 processes, but 1 runs"):
         check_processes(1)
+
+
+@pytest.mark.parametrize(
+    ("state", "optimizer", "message"),
+    [
+        ({"deepspeed_plugin": object()}, object(), r"drops the optimizer of optimizers=\(...\)"),
+        ({"fsdp_plugin": SimpleNamespace(fsdp_version=1)}, None, "set fsdp_version: 2"),
+    ],
+)
+def test_a_layout_that_would_not_step_as_asked_is_refused(state: dict[str, Any], optimizer: Any, message: str) -> None:
+    args: Any = SimpleNamespace(optim="diagonal_to")
+    with pytest.raises(UsageError, match=message):
+        check_layout(args, SimpleNamespace(**state), True, optimizer)
+    check_layout(args, SimpleNamespace(deepspeed_plugin=object()), True, None)
+    check_layout(args, SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=2)), True, None)

@@ -5,6 +5,7 @@ accelerate by itself does without FSDP and DeepSpeed on CPUs, and says nothing.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -98,7 +99,7 @@ def kill_once(process: str, where: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """`--output_dir` gets a folder for each optimizer of the environment's OPTIMIZERS: one launch for all."""
+    """One launch for several runs: the flags of each beside those of all, as JSON in the environment's RUNS."""
     from to_finetune.finetune import main as finetune
 
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
@@ -107,12 +108,9 @@ def main(argv: list[str]) -> int:
         use_gloo()
     if "KILL" in os.environ:
         kill_once(*os.environ["KILL"].split())
-    names = os.environ.get("OPTIMIZERS")
-    if names is None:
-        return finetune(argv)
     codes = []
-    for name in names.split():
-        codes.append(finetune([x.replace("OPTIMIZER", name) for x in argv]))
+    for flags in json.loads(os.environ.get("RUNS", "[[]]")):
+        codes.append(finetune([*argv, *flags]))
         AcceleratorState._reset_state()
     return max(codes)
 

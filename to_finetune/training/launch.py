@@ -32,13 +32,14 @@ def check_processes(running: int) -> None:
         )
 
 
-def check_layout(args: TrainingArguments, state: Any, is_sharded: bool) -> None:
-    """Refuse a run that would not be sharded as it was asked for, or that a TO cannot step.
+def check_layout(args: TrainingArguments, state: Any, is_sharded: bool, optimizer: Any) -> None:
+    """Refuse a run that would not be sharded, or not stepped, as it was asked for, or that a TO cannot step.
 
     Args:
         args: of the run.
         state: accelerate's.
         is_sharded: whether FSDP or DeepSpeed is at work.
+        optimizer: the one that the Trainer was given, if any.
 
     Raises:
         UsageError: with what to change.
@@ -49,6 +50,11 @@ def check_layout(args: TrainingArguments, state: Any, is_sharded: bool) -> None:
                 f"{name} was asked for, and accelerate does without it on {args.device.type}: every process would hold "
                 "all of the model. Use configs/accelerate/ddp.yaml there, or torchrun without a configuration."
             )
+    if optimizer is not None and getattr(state, "deepspeed_plugin", None) is not None:
+        raise UsageError(
+            "Under DeepSpeed Hugging Face drops the optimizer of optimizers=(...) and makes another; name it with "
+            "optim= and optim_args=, or give optimizer_cls_and_kwargs=."
+        )
     plugin = getattr(state, "fsdp_plugin", None)
     if args.optim in OPTIMIZERS and plugin is not None and plugin.fsdp_version != 2:
         raise UsageError("The Trainable Optimizers need FSDP2: set fsdp_version: 2 in accelerate's fsdp_config.")

@@ -53,7 +53,7 @@ class TrainableOptimizerMixin(_Base):
         super().__init__(*args, **kwargs)
         expected, _ = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         is_class = isinstance(expected, type) and issubclass(expected, Optimizer)
-        check_layout(self.args, self.accelerator.state, self.is_sharded())
+        check_layout(self.args, self.accelerator.state, self.is_sharded(), self.optimizer)
         self.engagement = EngagementProofs(expected if is_class else None)
         self.add_callback(self.engagement)
         self.add_callback(ShortBackward())
