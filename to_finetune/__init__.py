@@ -1,6 +1,20 @@
 """to_finetune: fine-tune large language models with the Trainable Optimizer."""
 
-from to_finetune.optim import DiagonalTO, FullTO, RankOneTO
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from to_finetune.optim import DiagonalTO, FullTO, RankOneTO
 
 __version__ = "0.1.0"
 __all__ = ["DiagonalTO", "FullTO", "RankOneTO", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """The optimizers, imported when they are asked for: the command line's help does not wait for torch."""
+    if name in __all__:
+        from to_finetune import optim
+
+        return getattr(optim, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,13 +16,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from machine import machine
-
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from tests.layouts.training import LAYOUTS, OPTIMIZERS, STATES, launch
+from to_finetune.files import write_whole
+from to_finetune.machine import machine
 from to_finetune.optim.blocks import SUMS
-from to_finetune.training.record import write_whole
 
 FILE = Path(__file__).with_suffix(".json")
 WORLDS = (2, 4)

@@ -12,10 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from machine import machine
-
 from to_finetune import finetune
-from to_finetune.training.record import write_whole
+from to_finetune.files import write_whole
+from to_finetune.machine import machine
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parent.parent / "configs" / "recipes" / "quickstart.yaml"

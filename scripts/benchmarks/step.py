@@ -36,12 +36,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine
 from torch import Tensor
 
+from to_finetune.files import write_whole
+from to_finetune.machine import machine
 from to_finetune.optim import DiagonalTO, RankOneTO
 from to_finetune.optim.kernels import fused
-from to_finetune.training.record import write_whole
 
 Shapes = Sequence[tuple[int, ...]]
 HERE = Path(__file__).parent

@@ -16,10 +16,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from machine import machine
-
 from to_finetune import finetune
-from to_finetune.training.record import write_whole
+from to_finetune.files import write_whole
+from to_finetune.machine import machine
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parent.parent / "configs" / "recipes" / "stories260k.yaml"

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from to_finetune.errors import UsageError
+from to_finetune.files import write_whole
+from to_finetune.machine import versions
 
-PACKAGES = ("to-finetune", "torch", "transformers", "trl", "accelerate", "datasets", "safetensors")
 MUST_AGREE = (
     "model_name_or_path",
     "model_revision",
@@ -41,7 +40,7 @@ class RunRecord:
             "status": "running",
             "command": shlex.join(sys.argv),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "versions": {"python": platform.python_version(), **package_versions()},
+            "versions": versions(),
         }
         self.config = config
 
@@ -134,21 +133,3 @@ def summarise(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "eval_loss": last("eval_loss"),
         "train_seconds": last("train_runtime"),
     }
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write beside and rename: a reader sees the old file or the new one."""
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
-
-
-def package_versions() -> dict[str, str]:
-    """The installed versions of the packages that a run's numbers depend on."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -1,15 +1,16 @@
-"""What a measurement ran on, for the head of its result file."""
+"""What a run or a measurement ran on, for the head of its record."""
 
 from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from to_finetune.training.record import package_versions
+PACKAGES = ("to-finetune", "torch", "transformers", "trl", "accelerate", "datasets", "safetensors")
 
 
 def machine() -> dict[str, Any]:
@@ -20,8 +21,19 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {"python": platform.python_version(), **package_versions()},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Python's, and those of the installed packages that a run's numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def _processor() -> str:
