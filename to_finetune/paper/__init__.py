@@ -1,0 +1,1 @@
+"""The paper's experiments, each with a command: `to-finetune reproduce`. Stands on `to_finetune.optim` alone."""

@@ -1,0 +1,223 @@
+"""Many trainings at once: every trial of a method and every seed is a member of one batched computation.
+
+The members of a seed see the same mini-batches, so that their products with the inputs are one matrix product; each has
+its own weights, state and rates along a leading dimension. A trial is retired once it has diverged for every seed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from to_finetune.paper.methods import Method, Rates, State, Trial, rates
+
+ELEMENTS = 600_000  # weights that are stepped together: they and their state stay in a processor's cache
+STATE_BYTES = 2 << 30  # of the members that are stepped together
+DIVERGED = 1e3  # times the loss at the start
+
+StepFunction = Callable[..., tuple[Tensor, State]]
+Layers = list[tuple[int, int]]  # (outputs, inputs with the bias) of each
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Empirical risk: mean cross-entropy of a network with ReLUs, or none, plus ``l2/2 ||w||^2`` over all weights.
+
+    x: (rows, features), the last of them 1, which makes its weights the biases; y: (rows,) int64, on one device.
+    hidden: the widths of the hidden layers; () is logistic regression.
+    """
+
+    x: Tensor
+    y: Tensor
+    classes: int
+    hidden: tuple[int, ...] = ()
+    l2: float = 0.0
+
+    @property
+    def layers(self) -> Layers:
+        widths = (self.x.shape[1] - 1, *self.hidden, self.classes)
+        return [(out, inputs + 1) for inputs, out in pairwise(widths)]
+
+    @property
+    def n(self) -> int:
+        """The number of weights."""
+        return sum(out * inputs for out, inputs in self.layers)
+
+
+def train(
+    problem: Problem,
+    method: Method,
+    trials: list[Trial],
+    seeds: list[int],
+    steps: int,
+    batch_size: int,
+    evaluations: int,
+    rows: Tensor | None = None,
+    stop_after: int | None = None,
+    compiled: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """Train each trial with each seed from weights of N(0, 1).
+
+    Args:
+        evaluations: how often the loss is taken, evenly, the last time after the last step; and once at the start.
+        rows: the indices of the rows that the loss is taken over; None is the full training loss.
+        stop_after: end after so many evaluations; rates decay as if the training went on.
+        compiled: through torch's compiler, which takes seconds and makes a step two to five times faster.
+        progress: called with the number of member steps since the last call.
+
+    Returns:
+        The losses, (seeds, trials, 1 + evaluations made), in the weights' dtype; infinite once a member has diverged.
+    """
+    points = [steps * i // evaluations for i in range(evaluations + 1)][: stop_after and stop_after + 1]
+    start = torch.stack([initial_weights(problem, seed) for seed in seeds])
+    batches = torch.stack([batch_order(len(problem.y), batch_size, points[-1], seed) for seed in seeds]).to(
+        problem.y.device
+    )
+    bytes_each = sum(s.nbytes for s in method.start(start[:1].to("meta"), points[-1]))
+    together = max(1, min(ELEMENTS // problem.n, STATE_BYTES // bytes_each) // len(seeds))
+    take_step: StepFunction = _step
+    if compiled and can_compile():
+        torch.compiler.reset()  # it would stop compiling after eight kinds of step
+        take_step = torch.compile(_step)
+    parts = [
+        _train(problem, method, take_step, trials[i : i + together], start, batches, steps, points, rows, progress)
+        for i in range(0, len(trials), together)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def initial_weights(problem: Problem, seed: int) -> Tensor:
+    """N(0, 1) for every weight, (n,): the same on every device and in every dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(problem.n, generator=generator).to(problem.x)
+
+
+def batch_order(rows: int, batch_size: int, steps: int, seed: int) -> Tensor:
+    """The rows of each step, (steps, batch_size): every epoch in an order of its own, an incomplete batch left out."""
+    if batch_size > rows:
+        raise ValueError(f"a batch of {batch_size} is larger than the data, {rows} rows")
+    generator = torch.Generator().manual_seed(seed + 1_000_003)
+    batches: list[Tensor] = []
+    while len(batches) < steps:
+        order = torch.randperm(rows, generator=generator)
+        batches.extend(order[: rows // batch_size * batch_size].view(-1, batch_size))
+    return torch.stack(batches[:steps])
+
+
+def member_losses(layers: Layers, w: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy of every member on the inputs of its seed.
+
+    Args:
+        w: (seeds, trials, n), layer by layer; x: (seeds, rows, features); y: (seeds, rows).
+
+    Returns:
+        (seeds, trials).
+    """
+    seeds, trials, _ = w.shape
+    size = x.shape[1]
+    weights = w.split([out * inputs for out, inputs in layers], dim=-1)
+    (out, inputs), *rest = layers
+    z = torch.bmm(x, weights[0].reshape(seeds, trials * out, inputs).mT).view(seeds, size, trials, out)
+    for layer, (out, inputs) in zip(weights[1:], rest, strict=True):
+        weight = layer.reshape(seeds * trials, out, inputs)
+        hidden = z.relu().transpose(1, 2).reshape(seeds * trials, size, inputs - 1)
+        z = torch.baddbmm(weight[:, None, :, -1], hidden, weight[:, :, :-1].mT)
+        z = z.view(seeds, trials, size, out).transpose(1, 2)
+    target = y[:, :, None].expand(seeds, size, trials)
+    losses = functional.cross_entropy(z.reshape(-1, out), target.reshape(-1), reduction="none")
+    return losses.view(seeds, size, trials).mean(1)
+
+
+@torch.no_grad()
+def training_loss(problem: Problem, w: Tensor, rows: Tensor | None) -> Tensor:
+    """The regularised loss of every member over the given rows, or all; w is (seeds, trials, n)."""
+    x, y = (problem.x, problem.y) if rows is None else (problem.x[rows], problem.y[rows])
+    flat = w.reshape(1, -1, problem.n)
+    size = max(64, (4 << 20) // (flat.shape[1] * max(out for out, _ in problem.layers)))
+    total = torch.zeros_like(flat[..., 0])
+    for i in range(0, len(y), size):
+        rows_here = y[None, i : i + size]
+        total += member_losses(problem.layers, flat, x[None, i : i + size], rows_here) * rows_here.numel()
+    penalty = problem.l2 / 2 * w.square().sum(-1)
+    return (total / len(y)).view(w.shape[:2]) + penalty
+
+
+def _train(
+    problem: Problem,
+    method: Method,
+    take_step: StepFunction,
+    trials: list[Trial],
+    start: Tensor,
+    batches: Tensor,
+    steps: int,
+    points: list[int],
+    rows: Tensor | None,
+    progress: Callable[[int], None],
+) -> Tensor:
+    """`train` for as many trials as are stepped together; start is (seeds, n), batches (seeds, steps, batch_size)."""
+    seeds = len(start)
+    w = start[:, None].repeat(1, len(trials), 1)
+    state = method.start(w.flatten(0, 1), points[-1])
+    alive = torch.arange(len(trials), device=w.device)
+    losses = w.new_full((seeds, len(trials), len(points)), torch.inf)
+    losses[:, :, 0] = training_loss(problem, w, rows)
+    rates_of = rates(trials * seeds, steps, w)
+    for i, (taken, until) in enumerate(pairwise(points)):
+        for step in range(taken, until):
+            x, y, at = problem.x[batches[:, step]], problem.y[batches[:, step]], torch.tensor(step)
+            w, state = take_step(problem.layers, problem.l2, method.update, w, state, x, y, rates_of(at), at)
+        progress((until - taken) * seeds * len(alive))
+        loss = training_loss(problem, w, rows)
+        good = loss.isfinite() & (loss < DIVERGED * losses[:, alive, 0])
+        losses[:, alive, i + 1] = loss.where(good & losses[:, alive, i].isfinite(), torch.inf)
+        keep = good.any(0)
+        if not keep.all():
+            progress((points[-1] - until) * seeds * int((~keep).sum()))
+            alive, w, state = alive[keep], w[:, keep], _kept(state, keep, seeds)
+            if not len(alive):
+                break
+            rates_of = rates([trials[j] for j in alive.tolist()] * seeds, steps, w)
+    return losses
+
+
+def _step(
+    layers: Layers,
+    l2: float,
+    update: Callable[..., tuple[Tensor, State]],
+    w: Tensor,
+    state: State,
+    x: Tensor,
+    y: Tensor,
+    rates: Rates,
+    step: Tensor,
+) -> tuple[Tensor, State]:
+    """One step of every member; w is (seeds, trials, n), x (seeds, batch, features), y (seeds, batch)."""
+    g = torch.func.grad(lambda w: member_losses(layers, w, x, y).sum())(w)  # members do not touch each other
+    if l2:
+        g = g + l2 * w
+    flat, state = update(w.flatten(0, 1), g.flatten(0, 1), state, rates, step)
+    return flat.view(w.shape), state
+
+
+@cache
+def can_compile() -> bool:
+    """Whether torch's compiler finds what it needs, a C++ compiler say; warns where it does not."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2))
+    except Exception as error:  # of many kinds, a platform's own among them
+        warnings.warn(f"torch.compile does not work here, steps are slower: {str(error).splitlines()[0]}", stacklevel=2)
+        return False
+    return True
+
+
+def _kept(state: State, keep: Tensor, seeds: int) -> State:
+    """The state of the trials that are kept; members lie seed by seed along the first dimension."""
+    return tuple(s[keep.repeat(seeds)] for s in state)
