@@ -85,7 +85,6 @@ def train(
     together = max(1, min(ELEMENTS // problem.n, STATE_BYTES // bytes_each) // len(seeds))
     take_step: StepFunction = _step
     if compiled and can_compile():
-        torch.compiler.reset()  # it would stop compiling after eight kinds of step
         take_step = torch.compile(_step)
     parts = [
         _train(problem, method, take_step, trials[i : i + together], start, batches, steps, points, rows, progress)
@@ -170,10 +169,11 @@ def _train(
     losses = w.new_full((seeds, len(trials), len(points)), torch.inf)
     losses[:, :, 0] = training_loss(problem, w, rows)
     rates_of = rates(trials * seeds, steps, w)
+    l2 = w.new_tensor(problem.l2)  # a number would be compiled into the step
     for i, (taken, until) in enumerate(pairwise(points)):
         for step in range(taken, until):
             x, y, at = problem.x[batches[:, step]], problem.y[batches[:, step]], torch.tensor(step)
-            w, state = take_step(problem.layers, problem.l2, method.update, w, state, x, y, rates_of(at), at)
+            w, state = take_step(problem.layers, l2, method.update, w, state, x, y, rates_of(at), at)
         progress((until - taken) * seeds * len(alive))
         loss = training_loss(problem, w, rows)
         good = loss.isfinite() & (loss < DIVERGED * losses[:, alive, 0])
@@ -190,7 +190,7 @@ def _train(
 
 def _step(
     layers: Layers,
-    l2: float,
+    l2: Tensor,
     update: Callable[..., tuple[Tensor, State]],
     w: Tensor,
     state: State,
@@ -201,8 +201,7 @@ def _step(
 ) -> tuple[Tensor, State]:
     """One step of every member; w is (seeds, trials, n), x (seeds, batch, features), y (seeds, batch)."""
     g = torch.func.grad(lambda w: member_losses(layers, w, x, y).sum())(w)  # members do not touch each other
-    if l2:
-        g = g + l2 * w
+    g = g + l2 * w
     flat, state = update(w.flatten(0, 1), g.flatten(0, 1), state, rates, step)
     return flat.view(w.shape), state
 
@@ -210,6 +209,7 @@ def _step(
 @cache
 def can_compile() -> bool:
     """Whether torch's compiler finds what it needs, a C++ compiler say; warns where it does not."""
+    torch._dynamo.config.cache_size_limit = 64  # kinds of step: a method's, in a few numbers of members, each
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2))
     except Exception as error:  # of many kinds, a platform's own among them
