@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +18,8 @@ from to_finetune.paper.cases import Case, Protocol
 from to_finetune.paper.data import Classification
 from to_finetune.paper.members import Problem, train
 from to_finetune.paper.methods import METHODS, SCHEDULES, Method, Trial
+from to_finetune.paper.tuning import CRITERIA, TUNING_SEED, Losses, choose, rounded
 
-CRITERIA: dict[str, Callable[[list[float]], float]] = {
-    "minimum": lambda losses: min(losses[1:]),  # the paper's
-    "area": lambda losses: sum(losses[1:]) / (len(losses) - 1),  # under the curve from the first evaluation on: speed
-}
-TUNING_SEED = 0
 WIDENINGS = 12  # of a grid, each by a factor of the square root of ten at the end where its winner stands
 Progress = Callable[[str, int, int], None]  # what is being done, member steps done since the last call, of how many
 
@@ -34,7 +31,9 @@ def run(case: Case, data: Classification, protocol: Protocol, progress: Progress
     methods = {}
     for name in protocol.methods:
         method = METHODS[name]
-        choice = tune(problem, method, protocol, steps, progress)
+        trials_of = partial(thinned_trials, method, protocol.thinned)
+        losses_of = partial(tuning_losses, problem, method, protocol, steps, progress)
+        choice = choose(method.lrs, trials_of, losses_of, WIDENINGS)
         methods[name] = choice | {"curves": judge(problem, method, choice["winners"], protocol, steps, progress)}
     evaluated = [steps * i // protocol.evaluations for i in range(protocol.evaluations + 1)]
     return {
@@ -49,67 +48,43 @@ def run(case: Case, data: Classification, protocol: Protocol, progress: Progress
 
 def with_ones(data: Classification) -> torch.Tensor:
     """The inputs and a column of ones, (rows, features + 1)."""
-    return torch.cat([data.x, torch.ones(len(data.x), 1)], dim=1)
+    return torch.cat([data.x, torch.ones_like(data.x[:, :1])], dim=1)
 
 
-def tune(problem: Problem, method: Method, protocol: Protocol, steps: int, progress: Progress) -> dict[str, Any]:
-    """The best trial by each criterion; the grid of lr is widened until no winner stands at an end of it."""
-    lrs, new = list(method.lrs), list(method.lrs)
-    tried: list[Trial] = []
-    finalists: list[Trial] = []
-    curves: list[list[float]] = []
-    diverged = 0
-    for _ in range(WIDENINGS + 1):
-        wanted = method.trials(new)[:: protocol.thinned]
-        early = _tuning_losses(problem, method, wanted, protocol, steps, progress, protocol.screened)
-        kept = [wanted[i] for i in promising(wanted, early)]
-        late = _tuning_losses(problem, method, kept, protocol, steps, progress, None)
-        tried, finalists, curves = tried + wanted, finalists + kept, curves + late
-        diverged += sum(math.isinf(losses[-1]) for losses in early)
-        winners = {name: finalists[best(curves, score)] for name, score in CRITERIA.items()}
-        new = beyond(lrs, [winner["lr"] for winner in winners.values()])
-        if not new:
-            break
-        lrs = sorted({*lrs, *new})
-    return {
-        "trials": len(tried),
-        "finalists": len(finalists),
-        "diverged": diverged,
-        "lrs": [rounded(lr) for lr in lrs],
-        "widened": len(lrs) - len(method.lrs),
-        "winners": {name: {key: rounded(value) for key, value in winner.items()} for name, winner in winners.items()},
-    }
+def thinned_trials(method: Method, thinned: int, lrs: list[float]) -> list[Trial]:
+    return method.trials(lrs)[::thinned]
 
 
-def _tuning_losses(
-    problem: Problem,
-    method: Method,
-    trials: list[Trial],
-    protocol: Protocol,
-    steps: int,
-    progress: Progress,
-    stop_after: int | None,
-) -> list[list[float]]:
-    """Of each trial, on the tuning seed and rows."""
+def tuning_losses(
+    problem: Problem, method: Method, protocol: Protocol, steps: int, progress: Progress, trials: list[Trial]
+) -> list[Losses]:
+    """Of each trial on the tuning seed and rows; NaN after the screening for those that are not promising."""
     rows = torch.randperm(len(problem.y), generator=torch.Generator().manual_seed(TUNING_SEED))[: protocol.tuning_rows]
-    done_in_all = len(trials) * (steps if stop_after is None else steps * stop_after // protocol.evaluations)
-    losses = train(
-        problem,
-        method,
-        trials,
-        [TUNING_SEED],
-        steps,
-        protocol.batch_size,
-        protocol.evaluations,
-        rows,
-        stop_after,
-        protocol.compiled,
-        lambda done: progress(f"{method.title}, {'screening' if stop_after else 'tuning'}", done, done_in_all),
-    )
-    return losses[0].tolist()
+
+    def losses(trials: list[Trial], what: str, until: int) -> list[Losses]:
+        total = len(trials) * (steps * until // protocol.evaluations)
+        return train(
+            problem,
+            method,
+            trials,
+            [TUNING_SEED],
+            steps,
+            protocol.batch_size,
+            protocol.evaluations,
+            rows,
+            until,
+            protocol.compiled,
+            lambda done: progress(f"{method.title}, {what}", done, total),
+        )[0].tolist()
+
+    early = losses(trials, "screening", protocol.screened)
+    kept = promising(trials, early)
+    late = losses([trials[i] for i in kept], "tuning", protocol.evaluations)
+    dropped = [math.nan] * (protocol.evaluations - protocol.screened)
+    return [late[kept.index(i)] if i in kept else curve + dropped for i, curve in enumerate(early)]
 
 
-def promising(trials: list[Trial], curves: list[list[float]]) -> list[int]:
+def promising(trials: list[Trial], curves: list[Losses]) -> list[int]:
     """The indices of the best sixth of each schedule's trials by each criterion, in order; at least one of each."""
     kept: set[int] = set()
     for schedule in SCHEDULES:
@@ -120,30 +95,21 @@ def promising(trials: list[Trial], curves: list[list[float]]) -> list[int]:
     return sorted(kept)
 
 
-def best(curves: list[list[float]], score: Callable[[list[float]], float]) -> int:
-    """The index of the curve with the lowest score among those that did not diverge."""
-    return min(range(len(curves)), key=lambda i: (math.isinf(curves[i][-1]), score(curves[i])))
-
-
-def beyond(lrs: list[float], winners: list[float]) -> list[float]:
-    """The rates to try next: as many as make up half a decade, at each end of the grid where a winner stands."""
-    ratio = lrs[1] / lrs[0]
-    more = range(1, round(0.5 / math.log10(ratio)) + 1)
-    lower = [lrs[0] / ratio**i for i in more if lrs[0] in winners]
-    upper = [lrs[-1] * ratio**i for i in more if lrs[-1] in winners]
-    return lower + upper
-
-
 def judge(
     problem: Problem,
     method: Method,
-    winners: dict[str, Trial],
+    winners: dict[str, Trial | None],
     protocol: Protocol,
     steps: int,
     progress: Progress,
 ) -> dict[str, list[list[float | None]]]:
-    """The full training loss of each criterion's winner, a list a seed."""
-    trials = [trial for i, trial in enumerate(winners.values()) if trial not in list(winners.values())[:i]]
+    """The full training loss of each criterion's winner, a list a seed; no list where all trials diverged."""
+    trials: list[Trial] = []
+    for winner in winners.values():
+        if winner and winner not in trials:
+            trials.append(winner)
+    if not trials:
+        return {name: [] for name in winners}
     seeds = list(protocol.seeds)
     total = len(trials) * len(seeds) * steps
     losses = train(
@@ -160,11 +126,5 @@ def judge(
     return {
         name: [[rounded(loss) for loss in curve] for curve in losses[:, trials.index(winner)].tolist()]
         for name, winner in winners.items()
+        if winner
     }
-
-
-def rounded(value: Any) -> Any:
-    """A number with six digits, None for an infinite one; anything else as it is."""
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.6g}") if math.isfinite(value) else None

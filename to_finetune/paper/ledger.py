@@ -1,0 +1,84 @@
+"""Trainings that run one after another: each finished one is a line of a file, so that a run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from to_finetune.errors import UsageError
+from to_finetune.paper.methods import Trial
+from to_finetune.paper.tuning import TUNING_SEED, Losses, choose, rounded
+
+
+class Ledger:
+    """The trainings of one experiment.
+
+    Args:
+        path: the file; its first line is the protocol. A line that was not written to its end is dropped.
+        train: the losses of a method's trial with a seed, infinite once diverged; called for those not yet in the file.
+        progress: told of each training before it starts.
+
+    Raises:
+        UsageError: where the file is of another protocol.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        protocol: dict[str, Any],
+        train: Callable[[str, Trial, int], Losses],
+        progress: Callable[[str], None],
+    ) -> None:
+        self.path, self._train, self._progress = path, train, progress
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = json.dumps(protocol) + "\n"
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        text = text[: text.rfind("\n") + 1] or header
+        if not text.startswith(header):
+            raise UsageError(f"{path} has trainings of another protocol: move it away.")
+        path.write_text(text, encoding="utf-8")
+        self._finished: dict[str, list[float | None]] = {}
+        for line in map(json.loads, text.splitlines()[1:]):
+            self._finished[_key(line["method"], line["trial"], line["seed"])] = line["losses"]
+
+    def losses(self, method: str, trial: Trial, seed: int) -> list[float | None]:
+        """Of one training, rounded, None once diverged; from the file where it is there."""
+        key = _key(method, trial, seed)
+        if key not in self._finished:
+            self._progress(f"training {len(self._finished) + 1}: {key}")
+            found = [rounded(loss) for loss in self._train(method, trial, seed)]
+            line = {"method": method, "trial": trial, "seed": seed, "losses": found}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            self._finished[key] = found
+        return self._finished[key]
+
+    def compare(
+        self,
+        method: str,
+        lrs: Sequence[float],
+        trials_of: Callable[[list[float]], list[Trial]],
+        widenings: int,
+        seeds: Sequence[int],
+    ) -> dict[str, Any]:
+        """What `tuning.choose` returns, and the `curves` of the winners on the seeds; none where all diverged."""
+
+        def losses_of(trials: list[Trial]) -> list[Losses]:
+            all_losses = [self.losses(method, trial, TUNING_SEED) for trial in trials]
+            return [[math.inf if loss is None else loss for loss in losses] for losses in all_losses]
+
+        choice = choose(lrs, trials_of, losses_of, widenings)
+        return choice | {
+            "curves": {
+                name: [self.losses(method, winner, seed) for seed in seeds] if winner else []
+                for name, winner in choice["winners"].items()
+            }
+        }
+
+
+def _key(method: str, trial: Trial, seed: int) -> str:
+    values = " ".join(f"{name}={value:g}" if isinstance(value, float) else str(value) for name, value in trial.items())
+    return f"{method} {values}, seed {seed}"

@@ -1,0 +1,188 @@
+"""The page of a folder of results: `index.html`, which needs no other file, beside the tables and the figures."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from to_finetune.errors import UsageError
+from to_finetune.files import write_whole
+from to_finetune.paper import figures, tables
+from to_finetune.paper.tables import COMPARED, DATASETS, ROWS
+from to_finetune.paper.tuning import CRITERIA
+
+Result = dict[str, Any]
+
+
+def render(folder: Path, commands: Sequence[str] = ()) -> list[Path]:
+    """Write the tables, figures and page of the results that the folder has; returns the paths.
+
+    commands: what reproduces them, for the page.
+
+    Raises:
+        UsageError: for a damaged result, and where there is none.
+    """
+    results = {name: result for name in ROWS if (result := read(folder / f"{name}.json", checked))}
+    theory = read(folder / "theory.json", checked_theory)
+    if not results and not theory:
+        raise UsageError(f"{folder} has no results to draw.")
+    drawn = figures.draw(results, theory)
+    written = tables.write(results, folder)
+    written += figures.write({name: one.figure for name, one in drawn.items()}, folder)
+    pictures = [(inline(folder / f"{name}.svg"), one.title, one.caption) for name, one in drawn.items()]
+    page = folder / "index.html"
+    write_whole(page, html(results, theory, pictures, commands))
+    return [*written, page]
+
+
+def read(path: Path, check: Callable[[Any], Result]) -> Result | None:
+    if not path.exists():
+        return None
+    try:
+        return check(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(f"{path} is damaged ({reason}): delete it and reproduce {path.stem} again.") from error
+
+
+def checked(result: Any) -> Result:
+    """A case's result, if all that the tables and figures take of it is there; Momentum comes behind Adam."""
+    methods = {name: result["methods"][name] for name in ("adam", "momentum", *result["methods"])}
+    for name, found in methods.items():
+        if name not in ("adam", *COMPARED):
+            raise ValueError(f"the method {name} is not known")
+        lengths = {len(curve) for criterion in CRITERIA for curve in found["curves"][criterion]}
+        if lengths - {len(result["steps"])}:
+            raise ValueError(f"{name} has curves of {lengths} losses for {len(result['steps'])} steps")
+        counts = [found[key] for key in ("trials", "diverged", "widened")]
+        if not all(isinstance(count, int) for count in counts) or set(found["winners"]) != set(CRITERIA):
+            raise ValueError(f"{name} has no numbers of trials, or no winners")
+    return {**result, "methods": methods}
+
+
+def checked_theory(theory: Any) -> Result:
+    """Theory's result, with everything that the figures and the page take."""
+    slopes(theory)
+    for problem in theory["problems"]:
+        found = theory["proposition_2"][problem]
+        if any(len(found[method]["slope_ratio"]) != len(found["factor"]) for method in figures.BOUNDED):
+            raise ValueError("Proposition 2 has ratios of other factors")
+    return dict(theory)
+
+
+def inline(path: Path) -> Markup:
+    """An SVG to stand in a page: in the page's colours and width, and with ids that no other has."""
+    svg = path.read_text(encoding="utf-8")
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', f' role="img" aria-label="{path.stem}"', svg, count=1)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{path.stem}-", svg)
+    return Markup(svg.replace(figures.INK, "currentColor").replace(figures.BACKGROUND, "none"))
+
+
+def html(
+    results: Mapping[str, Result],
+    theory: Result | None,
+    pictures: Sequence[tuple[Markup, str, str]],
+    commands: Sequence[str],
+) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    everything = [*results.values(), *([theory] if theory else [])]
+    return environment.get_template("page.html").render(
+        trial=any(result["protocol"]["name"] == "quick" for result in results.values()),
+        finished=len(results),
+        planned=len(ROWS),
+        readings=glance(results),
+        tables=[[tables.make(results, name, criterion) for criterion in CRITERIA] for name in tables.TABLES],
+        pictures=pictures,
+        theory=theory,
+        slopes=slopes(theory) if theory else [],
+        rate_heads=tables.RATE_HEADS,
+        rates=list(tables.rates(results)),
+        rates_note=tables.RATES_NOTE,
+        datasets=datasets(results.values()),
+        protocols=protocols(results),
+        machines=machines(everything),
+        commands=commands,
+    )
+
+
+def glance(results: Mapping[str, Result]) -> dict[str, dict[str, list[tables.Reading]]]:
+    """The readings by reference and by method's label, one for each criterion."""
+    found: dict[str, dict[str, list[tables.Reading]]] = {}
+    for one in tables.reading(results):
+        found.setdefault(tables.label(one.against), {}).setdefault(tables.label(one.method), []).append(one)
+    return found
+
+
+def slopes(theory: Result) -> list[list[str]]:
+    """For each problem, with and without projection, and method: the slopes of error and variance, theorem's first."""
+    rows = []
+    for problem, parts in theory["problems"].items():
+        for part in ("methods", "projected"):
+            for method in figures.COLOURS:
+                forms = parts[part][method]
+                count = forms["theorem"].get("projections_per_run")
+                cells = [
+                    _with_error(forms[form], quantity) if form in forms else "–"
+                    for form in ("theorem", "constant_beta")
+                    for quantity in figures.QUANTITIES
+                ]
+                name = figures.theory_label(method)
+                rows.append([figures.PROBLEMS[problem], name, "no" if count is None else f"{count:.1f}", *cells])
+    return rows
+
+
+def _with_error(curve: Mapping[str, Any], quantity: str) -> str:
+    slope, error = curve[f"{quantity}_slope"], curve[f"{quantity}_slope_se"]
+    return f"{slope:.3f} ± {error:.3f}".replace("-", "−")
+
+
+def datasets(results: Iterable[Result]) -> list[list[str]]:
+    """Name, rows, inputs, classes and how they were made, of each data set of the convex cases and small networks."""
+    found = {result["case"]["dataset"]: result["data"] for result in results if "data" in result}
+    sizes = ("rows", "features", "classes")
+    return [[DATASETS[name], *(f"{data[size]:,}" for size in sizes), data["note"]] for name, data in found.items()]
+
+
+def protocols(results: Mapping[str, Result]) -> list[tuple[str, str]]:
+    """What was trained how much, for the cases that share it."""
+    cases: dict[str, list[str]] = {}
+    for name, result in results.items():
+        parts = {key: value for key, value in result["protocol"].items() if key not in ("methods", "options")}
+        text = "; ".join(f"{key.replace('_', ' ')}: {_plain(value)}" for key, value in parts.items())
+        cases.setdefault(text, []).append(ROWS[name][0])
+    return [(", ".join(dict.fromkeys(groups)), text) for text, groups in cases.items()]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {one}" for key, one in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def machines(results: Iterable[Result]) -> list[tuple[str, int, float]]:
+    """Each machine in words, with the number of its results and the hours that they took."""
+    found: dict[str, list[float]] = {}
+    for result in results:
+        if "seconds" in result:
+            words = _in_words(result["machine"]) if "machine" in result else "not recorded"
+            found.setdefault(words, []).append(result["seconds"])
+    return [(words, len(seconds), sum(seconds) / 3600) for words, seconds in found.items()]
+
+
+def _in_words(machine: Mapping[str, Any]) -> str:
+    processor = f"{machine['processor']}, cores: {machine['cores']}, threads: {machine['threads']}"
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return "; ".join(filter(None, (processor, machine["gpu"], machine["system"], versions)))
