@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("to-finetune", "torch", "transformers", "trl", "accelerate", "datasets", "safetensors")
+PACKAGES = (
+    *("to-finetune", "torch", "transformers", "trl", "accelerate", "datasets", "safetensors"),
+    *("numpy", "scikit-learn"),
+)
 
 
 def machine() -> dict[str, Any]:

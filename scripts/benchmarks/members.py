@@ -70,14 +70,20 @@ def members() -> list[dict[str, Any]]:
         for method_name, make in OPTIMIZERS.items():
             method = METHODS[method_name]
             trials = method.trials(method.lrs)[:TRIALS]
-            arguments = (task, method, trials, [0], STEPS, BATCH, 1, rows, None, True)
+            settings: dict[str, Any] = {
+                "steps": STEPS,
+                "batch_size": BATCH,
+                "evaluations": 1,
+                "rows": rows,
+                "compiled": True,
+            }
             began = time.perf_counter()
-            train(*arguments)
+            train(task, method, trials, [0], **settings)
             first = time.perf_counter() - began
             together, alone = [], []
             for _ in range(ROUNDS):
                 began = time.perf_counter()
-                train(*arguments)
+                train(task, method, trials, [0], **settings)
                 together.append(time.perf_counter() - began)
                 began = time.perf_counter()
                 for trial in trials:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from to_finetune.optim import DiagonalTO, FullTO, RankOneTO
+from to_finetune.paper import methods
 from to_finetune.paper.members import (
     Problem,
     batch_order,
@@ -26,6 +28,7 @@ from to_finetune.paper.methods import ALPHA_END, LR_END, METHODS, Trial
 
 STEPS, BATCH, EVALUATIONS = 12, 4, 3
 SEEDS = [3, 4]
+SETTINGS: dict[str, Any] = {"steps": STEPS, "batch_size": BATCH, "evaluations": EVALUATIONS}
 EXACT: dict[str, Any] = {"gamma_max": None, "scope": "group"}
 OURS: dict[str, Any] = {"relative_alpha": True, "scope": "group"}
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
@@ -85,8 +88,25 @@ def a_few(name: str) -> list[Trial]:
     """Rates that differ in every way and do not diverge within a few steps."""
     if name == "adam":
         return METHODS[name].trials([0.1])[::5]
+    alphas = (0.0, 0.1, 1.0) if name.endswith("ours") else (0.0, 0.01)
     trials = METHODS[name].trials([0.02])
-    return [t for t in trials if t.get("alpha", 0.0) in (0.0, 0.01) and t["beta"] in (0.0, 0.1, 0.5)]
+    return [t for t in trials if t.get("alpha", 0.0) in alphas and t["beta"] in (0.0, 0.1, 0.5)]
+
+
+@pytest.mark.parametrize("name", ["full_to_ours", "diagonal_to_ours", "rank_one_to_ours"])
+def test_the_guard_is_at_work_in_ours(name: str) -> None:
+    unguarded = {
+        "full_to_ours": methods._full,
+        "diagonal_to_ours": methods._diagonal,
+        "rank_one_to_ours": methods._rank_one,
+    }
+    update = partial(unguarded[name], {"gamma_max": None, "relative_alpha": True})
+    task, trials = problem(), [t for t in a_few(name) if t["alpha"] == 1.0]
+    guarded, without = (
+        train(task, method, trials, SEEDS, **SETTINGS)
+        for method in (METHODS[name], replace(METHODS[name], update=update))
+    )
+    assert (guarded - without).abs().amax() > 1e-3
 
 
 @pytest.mark.parametrize("hidden", [(), (4,)], ids=["logistic", "network"])
@@ -94,7 +114,7 @@ def a_few(name: str) -> list[Trial]:
 def test_a_member_is_the_training_with_the_real_optimizer(name: str, hidden: tuple[int, ...]) -> None:
     task, trials = problem(hidden), a_few(name)
     assert len(trials) > 3
-    losses = train(task, METHODS[name], trials, SEEDS, STEPS, BATCH, EVALUATIONS)
+    losses = train(task, METHODS[name], trials, SEEDS, **SETTINGS)
     expected = [[alone(name, task, trial, seed) for trial in trials] for seed in SEEDS]
     torch.testing.assert_close(losses, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=0)
 
@@ -108,14 +128,14 @@ def test_full_to_is_the_same_as_history_and_as_matrix(monkeypatch: pytest.Monkey
     assert [s.shape for s in method.start(torch.zeros(2, 99), 50)][1:] == [(2, 5, 99), (2, 5, 99), (2, 99, 99)]
     assert task.n > 2 * STEPS  # so its history
     dense = replace(method, start=lambda w, steps: method.start(w, task.n))
-    histories, matrices = (train(task, m, trials, [0], STEPS, BATCH, EVALUATIONS) for m in (method, dense))
+    histories, matrices = (train(task, m, trials, [0], **SETTINGS) for m in (method, dense))
     torch.testing.assert_close(histories, matrices, rtol=1e-10, atol=0)
 
 
 def test_a_screening_is_the_beginning_of_the_training() -> None:
     task, trials = problem(), a_few("rank_one_to_ours")
-    whole = train(task, METHODS["rank_one_to_ours"], trials, SEEDS, STEPS, BATCH, EVALUATIONS)
-    begun = train(task, METHODS["rank_one_to_ours"], trials, SEEDS, STEPS, BATCH, EVALUATIONS, stop_after=2)
+    whole = train(task, METHODS["rank_one_to_ours"], trials, SEEDS, **SETTINGS)
+    begun = train(task, METHODS["rank_one_to_ours"], trials, SEEDS, **SETTINGS, stop_after=2)
     torch.testing.assert_close(begun, whole[:, :, :3], rtol=1e-12, atol=0)
 
 
@@ -123,31 +143,30 @@ def test_a_screening_is_the_beginning_of_the_training() -> None:
 def test_a_diverged_trial_is_infinite_from_there_on_and_leaves_the_others_alone(name: str) -> None:
     task, calm = problem(), a_few(name)[:3]
     wild = {**calm[0], "lr": 1e12, "beta": 1.0}
-    both = train(task, METHODS[name], [calm[0], wild, *calm[1:]], SEEDS, STEPS, BATCH, EVALUATIONS)
+    both = train(task, METHODS[name], [calm[0], wild, *calm[1:]], SEEDS, **SETTINGS)
     assert both[:, 1].isinf().tolist() == [[False, True, True, True]] * len(SEEDS)
     torch.testing.assert_close(
-        both[:, [0, 2, 3]], train(task, METHODS[name], calm, SEEDS, STEPS, BATCH, EVALUATIONS), rtol=1e-10, atol=0
+        both[:, [0, 2, 3]], train(task, METHODS[name], calm, SEEDS, **SETTINGS), rtol=1e-10, atol=0
     )
 
 
 def test_members_that_do_not_fit_together_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     task, trials = problem(), a_few("diagonal_to")
     done: list[int] = []
-    together = train(task, METHODS["diagonal_to"], trials, SEEDS, STEPS, BATCH, EVALUATIONS, progress=done.append)
+    together = train(task, METHODS["diagonal_to"], trials, SEEDS, **SETTINGS, progress=done.append)
     assert sum(done) == len(trials) * len(SEEDS) * STEPS
     monkeypatch.setattr("to_finetune.paper.members.ELEMENTS", task.n * 5)
-    turns = train(task, METHODS["diagonal_to"], trials, SEEDS, STEPS, BATCH, EVALUATIONS)
+    turns = train(task, METHODS["diagonal_to"], trials, SEEDS, **SETTINGS)
     torch.testing.assert_close(turns, together, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", ["adam", "rank_one_to_ours", "full_to_ours"])
 def test_the_compiled_step_is_the_same(name: str) -> None:
-    if not can_compile():
+    if not can_compile("cpu"):
         pytest.skip("torch.compile finds no compiler here")
     task, trials = problem((4,)), a_few(name)
     plain, compiled = (
-        train(task, METHODS[name], trials, SEEDS, STEPS, BATCH, EVALUATIONS, compiled=compiled)
-        for compiled in (False, True)
+        train(task, METHODS[name], trials, SEEDS, **SETTINGS, compiled=compiled) for compiled in (False, True)
     )
     torch.testing.assert_close(compiled, plain, rtol=1e-9, atol=0)
 

@@ -66,6 +66,7 @@ def make_result() -> dict[str, Any]:
             "versions": {"python": "3.11", "torch": "2.13"},
         },
         "seconds": 5400.0,
+        "flags": " --data_dir DATA <script>alert(1)</script>",
     }
 
 
@@ -81,14 +82,15 @@ def make_resnet() -> dict[str, Any]:
         del methods[name]
     methods["rank_one_to"]["winners"] = {"minimum": None, "area": None}
     case = {"name": "resnet18", "dataset": "cifar10"}
-    return {"case": case, "protocol": {"name": "full", "rows": 64}, "steps": STEPS, "methods": methods}
+    about = {key: make_result()[key] for key in ("machine", "seconds", "flags")}
+    return {"case": case, "protocol": {"name": "full", "rows": 64}, "steps": STEPS, "methods": methods} | about
 
 
 def make_llm() -> dict[str, Any]:
     """With Momentum of ours."""
     methods = make_resnet()["methods"]
     methods["momentum_ours"] = method(both(curves(0.8, 0.001, 0.0, 0.002)), alpha=0.0, beta=0.1)
-    return {"case": {"name": "llm"}, "protocol": {"name": "full"}, "steps": STEPS, "methods": methods}
+    return {**make_resnet(), "case": {"name": "llm"}, "methods": methods}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +98,8 @@ def proofs() -> dict[str, Any]:
     """`theory.run`'s result, very small."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(theory, "QUICK", (2, 8, 2))
-        return json.loads(json.dumps(theory.run(True)))
+        about = {key: make_result()[key] for key in ("machine", "seconds", "flags")}
+        return json.loads(json.dumps(theory.run(True) | about | {"protocol": {"name": "full"}}))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +109,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory, proofs: dict[str, Any]) -
     results = {"kdd-convex": make_result(), "resnet18": make_resnet(), "llm": make_llm()}
     for name, content in {**results, "theory": proofs}.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
-    return folder, page.render(folder, ["to-finetune reproduce <script>alert(1)</script>"])
+    return folder, page.render(folder)
 
 
 @pytest.fixture
@@ -370,7 +373,7 @@ def test_the_page_has_all_tables(rendered: tuple[Path, list[Path]], html: str) -
                     assert title in text
                     assert all(cell.text + cell.marks in text for cell in cells)
     assert html.count("<svg") == 8
-    assert "1 result, 1.5 hours: a <fast> one, cores: 2, threads: 1; Linux x86_64; python 3.11, torch 2.13" in text
+    assert "4 results, 6.0 hours: a <fast> one, cores: 2, threads: 1; Linux x86_64; python 3.11, torch 2.13" in text
     assert "A trial, not a result" not in text
 
 
@@ -383,7 +386,7 @@ def test_the_page_stands_alone(html: str) -> None:
 
 
 def test_the_page_escapes_what_it_is_given(html: str) -> None:
-    assert "to-finetune reproduce <script>" in words(html)
+    assert "to-finetune reproduce kdd-convex resnet18 llm theory --data_dir DATA <script>" in words(html)
     assert "<script" not in html
     assert "37 &lt;columns&gt; &amp; more" in html
     assert "a &lt;fast&gt; one" in html
@@ -399,7 +402,7 @@ def test_inline_pictures_take_the_pages_colours_and_have_ids_of_their_own(html: 
 
 def test_a_trial_says_so(result: dict[str, Any]) -> None:
     result["protocol"]["name"] = "quick"
-    assert "A trial, not a result" in page.html({"kdd-ffn": result}, None, [], [])
+    assert "A trial, not a result" in page.html({"kdd-ffn": result}, None, [])
 
 
 def test_without_results_there_is_nothing_to_draw(tmp_path: Path) -> None:
@@ -409,7 +412,7 @@ def test_without_results_there_is_nothing_to_draw(tmp_path: Path) -> None:
 
 
 def test_theory_alone_makes_a_page(proofs: dict[str, Any]) -> None:
-    html = page.html({}, proofs, [], [])
+    html = page.html({}, proofs, [])
     assert "0 of 27 cases have a" in html
     slope = proofs["problems"]["quadratic"]["projected"]["adam"]["theorem"]["error_slope"]
     assert f"{slope:.3f} ± ".replace("-", "−") in html
@@ -424,7 +427,7 @@ def without(content: dict[str, Any], *keys: str) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize("kind", ["cut", "list", "no adam", "no curves", "lengths", "method", "bytes"])
+@pytest.mark.parametrize("kind", ["cut", "list", "no adam", "no curves", "lengths", "method", "bytes", "no machine"])
 def test_a_damaged_result_is_named(kind: str, tmp_path: Path, result: dict[str, Any]) -> None:
     path = tmp_path / "kdd-convex.json"
     contents: dict[str, Any] = {
@@ -432,6 +435,7 @@ def test_a_damaged_result_is_named(kind: str, tmp_path: Path, result: dict[str, 
         "no adam": without(result, "methods", "adam"),
         "no curves": without(result, "methods", "full_to", "curves", "area"),
         "lengths": {**result, "steps": [0, 1]},
+        "no machine": without(result, "machine"),
         "method": {**result, "methods": {**result["methods"], "sgd": result["methods"]["adam"]}},
     }
     if kind == "bytes":

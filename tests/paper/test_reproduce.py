@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 
 from to_finetune import cli
+from to_finetune.errors import RunError
 from to_finetune.paper import reproduce
 from to_finetune.paper.targets import ABOUT
 
 
-def test_quick_trial_runs_everything_once_and_draws_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quick_trial_runs_everything_once_and_draws_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     targets = ["reproduce", "mnist-0.034", "kdd-ffn", "theory", "--quick", "--output_dir", str(tmp_path)]
     assert cli.main(targets) == 0
     folder = tmp_path / "quick"
@@ -28,8 +31,8 @@ def test_quick_trial_runs_everything_once_and_draws_it(tmp_path: Path, capsys: p
         assert list(folder.glob(name.replace(".", "*."))), name
     assert "3 of 3" in capsys.readouterr().out
 
-    assert cli.main(targets) == 0
-    assert "of 3" not in capsys.readouterr().out  # nothing ran again
+    monkeypatch.setattr(reproduce, "run_job", lambda name, show, **settings: pytest.fail(f"{name} ran again"))
+    assert cli.main(targets) == 0  # nothing ran again
     assert {name: (folder / f"{name}.json").read_text() for name in made} == made
 
 
@@ -40,7 +43,7 @@ def test_targets_stand_for_their_jobs() -> None:
     assert reproduce.wanted(["table3"], "cuda")[-1] == "resnet50"
     assert reproduce.wanted(["theory", "figure7", "table6"], "cpu") == ["theory", "llm"]
     assert set(reproduce.wanted(["all"], "cuda")) == set(reproduce.JOBS)
-    assert {name for name in ABOUT if name != "CASE"} <= {"all", "table2", "table3", "table6", "theory"}
+    assert all(reproduce.wanted([name], "cpu") for name in ABOUT if name != "CASE")
 
 
 def test_missing_data_are_named_once_and_the_rest_is_run(
@@ -55,14 +58,23 @@ def test_missing_data_are_named_once_and_the_rest_is_run(
     real = reproduce.run_job
 
     def quicker(name: str, show: Any, **settings: Any) -> None:
+        if name == "theory":
+            raise RunError("it failed.")
         real(name, show, **settings | {"quick": name == "mnist-convex"})
 
     monkeypatch.setattr(reproduce, "run_job", quicker)
-    assert cli.main(["reproduce", *names, "mnist-convex", *options]) == 1
+    assert cli.main(["reproduce", *names, "theory", "mnist-convex", *options]) == 1
     out = capsys.readouterr().out
-    assert out.count("not run:") == 1
+    assert out.count("not done:") == 2
+    assert "it failed." in out
     assert (tmp_path / "out" / "mnist-convex.json").exists()
     assert not (tmp_path / "out" / "smallnorb-convex.json").exists()
+
+    assert cli.main(["reproduce", "mnist-convex", *options]) == 2  # it was a quick trial
+    assert "mnist-convex.json was made by another protocol" in capsys.readouterr().err
+    (tmp_path / "out" / "mnist-convex.json").write_text("{")
+    assert cli.main(["reproduce", "mnist-convex", *options]) == 2
+    assert "mnist-convex.json is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -71,6 +83,7 @@ def test_missing_data_are_named_once_and_the_rest_is_run(
         (["reproduce", "tabel2"], "There is no target 'tabel2' to reproduce; there are all, table2,"),
         (["reproduce", "tabel2"], "Did you mean 'table2'"),
         (["reproduce", "theory", "--device", "cuda:99"], "--device cuda:99"),
+        (["reproduce", "theory", "--device", "mps"], "--device mps cannot be used: it takes cpu and cuda"),
         (["reproduce", "mnist-convex", "--data_dir", "/nowhere"], "--data_dir /nowhere"),
     ],
 )

@@ -21,7 +21,9 @@ from to_finetune.paper.methods import ALPHA_END, LR_END, SCHEDULES, Trial
 from to_finetune.paper.resnet import METHODS, PROTOCOLS, Protocol
 
 CPU = torch.device("cpu")
-TINY = Protocol("tiny", rows=32, size=8, width=16, steps=2, trials=6, seeds=(1, 2), evaluations=2, batch=16)
+TINY = Protocol(
+    "tiny", rows=32, size=8, width=16, steps=2, trials=6, seeds=(1, 2), evaluations=2, evaluated_rows=32, batch=16
+)
 
 
 @pytest.fixture
@@ -241,7 +243,9 @@ def test_a_resumed_run_repeats_nothing(images: Images, tmp_path: Path, monkeypat
 
     def run(protocol: Protocol = TINY) -> tuple[dict[str, Any], int]:
         told: list[str] = []
-        return resnet.run(18, images, protocol, CPU, tmp_path / "a", told.append), len(told)
+        result = resnet.run(18, images, protocol, CPU, tmp_path / "a", told.append)
+        assert result.pop("seconds") > 0
+        return result, len(told)
 
     whole, trained = run()
     file = tmp_path / "a" / "resnet18-tiny.jsonl"
@@ -251,7 +255,7 @@ def test_a_resumed_run_repeats_nothing(images: Images, tmp_path: Path, monkeypat
     assert run() == (whole, 0)
     file.write_text(header + "".join(lines[:5]) + lines[5][:-9])
     assert run() == (whole, trained - 5)
-    assert file.read_text() == header + "".join(lines)
+    assert len(file.read_text().splitlines()) == 1 + trained
     with pytest.raises(UsageError, match="trainings of another protocol"):
         run(replace(TINY, steps=3))
     with pytest.raises(UsageError, match="takes 41 images; there are 40"):

@@ -32,10 +32,11 @@ FFN = [Case(f"{name}-ffn", name, hidden=(10,)) for name in ("covtype", "kdd")]
 
 @dataclass(frozen=True)
 class Protocol:
-    """How cases are run. The rates are chosen on seed 0, by the loss over `tuning_rows`, and judged on other seeds.
+    """How cases are run: the rates are chosen on seed 0 and judged on other seeds.
 
     epochs: for each data set; an incomplete batch at the end of an epoch is left out.
-    screened: after so many evaluations the tuning drops all but the best sixth of each schedule's trials.
+    screened: after so many evaluations, the loss taken over `screening_rows`, the tuning drops all but the best twelfth
+        of each schedule's trials by each criterion.
     evaluations: how often the full training loss is taken, evenly, beside once at the start.
     thinned: of each method's trials, one in so many is made.
     """
@@ -46,7 +47,7 @@ class Protocol:
     batch_size: int = 64
     evaluations: int = 20
     screened: int = 4
-    tuning_rows: int = 4096
+    screening_rows: int = 4096
     thinned: int = 1
     compiled: bool = True
     methods: tuple[str, ...] = tuple(METHODS)
@@ -63,7 +64,7 @@ QUICK = Protocol(
     seeds=(1, 2, 3),
     evaluations=8,
     screened=2,
-    tuning_rows=512,
+    screening_rows=512,
     thinned=37,
     compiled=False,
 )

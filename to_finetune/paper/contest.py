@@ -1,7 +1,7 @@
 """One case: every method's rates are chosen on one seed, with equal numbers of trials, and judged on others.
 
-All trials are screened over a part of the training; the best sixth by each criterion, schedule by schedule, are trained
-to the end from the start.
+All trials are screened over a part of the training; the best twelfth by each criterion, schedule by schedule, are
+trained to the end from the start, and chosen from by the full training loss.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from to_finetune.paper.cases import Case, Protocol
 from to_finetune.paper.data import Classification
 from to_finetune.paper.members import Problem, train
 from to_finetune.paper.methods import METHODS, SCHEDULES, Method, Trial
-from to_finetune.paper.tuning import CRITERIA, TUNING_SEED, Losses, choose, rounded
+from to_finetune.paper.tuning import CRITERIA, DIGITS, TUNING_SEED, Losses, choose, points, rounded
 
 WIDENINGS = 12  # of a grid, each by a factor of the square root of ten at the end where its winner stands
 Progress = Callable[[str, int, int], None]  # what is being done, member steps done since the last call, of how many
 
 
 def run(case: Case, data: Classification, protocol: Protocol, progress: Progress) -> dict[str, Any]:
-    """Tune and judge every method; the result is JSON, its losses rounded to six digits, null once diverged."""
+    """Tune and judge every method; the result is JSON, its losses rounded to nine digits, null once diverged."""
     problem = Problem(with_ones(data), data.y, data.classes, case.hidden, case.l2)
     steps = protocol.steps(case.dataset, len(data.y))
     methods = {}
@@ -35,13 +35,12 @@ def run(case: Case, data: Classification, protocol: Protocol, progress: Progress
         losses_of = partial(tuning_losses, problem, method, protocol, steps, progress)
         choice = choose(method.lrs, trials_of, losses_of, WIDENINGS)
         methods[name] = choice | {"curves": judge(problem, method, choice["winners"], protocol, steps, progress)}
-    evaluated = [steps * i // protocol.evaluations for i in range(protocol.evaluations + 1)]
     return {
         "case": asdict(case),
         "data": {"rows": len(data.y), "features": data.x.shape[1], "classes": data.classes, "note": data.note},
         "weights": problem.n,
         "protocol": asdict(protocol),
-        "steps": evaluated,
+        "steps": points(steps, protocol.evaluations),
         "methods": methods,
     }
 
@@ -58,40 +57,40 @@ def thinned_trials(method: Method, thinned: int, lrs: list[float]) -> list[Trial
 def tuning_losses(
     problem: Problem, method: Method, protocol: Protocol, steps: int, progress: Progress, trials: list[Trial]
 ) -> list[Losses]:
-    """Of each trial on the tuning seed and rows; NaN after the screening for those that are not promising."""
-    rows = torch.randperm(len(problem.y), generator=torch.Generator().manual_seed(TUNING_SEED))[: protocol.tuning_rows]
+    """Of each trial on the tuning seed; NaN after the screening for those that are not promising."""
 
-    def losses(trials: list[Trial], what: str, until: int) -> list[Losses]:
-        total = len(trials) * (steps * until // protocol.evaluations)
+    def losses(trials: list[Trial], what: str, stop_after: int | None, rows: torch.Tensor | None) -> list[Losses]:
+        total = len(trials) * points(steps, protocol.evaluations)[-1 if stop_after is None else stop_after]
         return train(
             problem,
             method,
             trials,
             [TUNING_SEED],
-            steps,
-            protocol.batch_size,
-            protocol.evaluations,
-            rows,
-            until,
-            protocol.compiled,
-            lambda done: progress(f"{method.title}, {what}", done, total),
+            steps=steps,
+            batch_size=protocol.batch_size,
+            evaluations=protocol.evaluations,
+            rows=rows,
+            stop_after=stop_after,
+            compiled=protocol.compiled,
+            progress=lambda done: progress(f"{method.title}, {what}", done, total),
         )[0].tolist()
 
-    early = losses(trials, "screening", protocol.screened)
+    shuffled = torch.randperm(len(problem.y), generator=torch.Generator().manual_seed(TUNING_SEED))
+    early = losses(trials, "screening", protocol.screened, shuffled[: protocol.screening_rows])
     kept = promising(trials, early)
-    late = losses([trials[i] for i in kept], "tuning", protocol.evaluations)
+    late = losses([trials[i] for i in kept], "tuning", None, None)
     dropped = [math.nan] * (protocol.evaluations - protocol.screened)
     return [late[kept.index(i)] if i in kept else curve + dropped for i, curve in enumerate(early)]
 
 
 def promising(trials: list[Trial], curves: list[Losses]) -> list[int]:
-    """The indices of the best sixth of each schedule's trials by each criterion, in order; at least one of each."""
+    """The indices of the best twelfth of each schedule's trials by each criterion, in order; at least one of each."""
     kept: set[int] = set()
     for schedule in SCHEDULES:
         of_schedule = [i for i, trial in enumerate(trials) if trial["schedule"] == schedule]
         for score in CRITERIA.values():
             ranked = sorted(of_schedule, key=lambda i: (math.isinf(curves[i][-1]), score(curves[i])))
-            kept |= set(ranked[: max(1, len(ranked) // 6)])
+            kept |= set(ranked[: max(1, len(ranked) // 12)])
     return sorted(kept)
 
 
@@ -117,14 +116,13 @@ def judge(
         method,
         trials,
         seeds,
-        steps,
-        protocol.batch_size,
-        protocol.evaluations,
+        steps=steps,
+        batch_size=protocol.batch_size,
+        evaluations=protocol.evaluations,
         compiled=protocol.compiled,
         progress=lambda done: progress(f"{method.title}, judging", done, total),
     )
     return {
-        name: [[rounded(loss) for loss in curve] for curve in losses[:, trials.index(winner)].tolist()]
+        name: rounded(losses[:, trials.index(winner)].tolist(), DIGITS) if winner else []
         for name, winner in winners.items()
-        if winner
     }

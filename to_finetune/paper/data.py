@@ -29,7 +29,7 @@ FILES = {  # below data_dir, as upstream names them
     "kdd": ("kdd/kddcup.data_10_percent.gz",),
     "news20": ("20news-bydate/20news-bydate-train",),
     "mnist": ("mnist/train-images-idx3-ubyte.gz", "mnist/train-labels-idx1-ubyte.gz"),
-    "cifar10": (*(f"cifar-10-batches-py/data_batch_{i}" for i in range(1, 6)), "cifar-10-batches-py/test_batch"),
+    "cifar10": tuple(f"cifar-10-batches-py/data_batch_{i}" for i in range(1, 6)),
 }
 UPSTREAM_ROWS = {"smallnorb": 24300, "covtype": 581012, "kdd": 494021, "news20": 11314, "mnist": 60000}
 
@@ -72,8 +72,8 @@ def load(name: str, data_dir: Path | None) -> Classification:
     return loaders[name](data_dir)
 
 
-def load_cifar10(data_dir: Path | None) -> tuple[Images, Images]:
-    """The 50,000 training and the 10,000 test images of CIFAR-10; without data_dir from the Hugging Face hub.
+def load_cifar10(data_dir: Path | None) -> Images:
+    """The 50,000 training images of CIFAR-10; without data_dir from the Hugging Face hub.
 
     Raises:
         UsageError: for data that are missing or malformed, or a download that fails.
@@ -81,10 +81,9 @@ def load_cifar10(data_dir: Path | None) -> tuple[Images, Images]:
     if data_dir is None:
         from datasets import load_dataset
 
-        hub = _download("cifar10", lambda: load_dataset("uoft-cs/cifar10"))
-        return _hub_images(hub["train"]), _hub_images(hub["test"])
-    *train, test = [_cifar_batch(path) for path in _find(data_dir, "cifar10")]
-    return Images(torch.cat([batch.x for batch in train]), torch.cat([batch.y for batch in train])), test
+        return _hub_images(_download("cifar10", lambda: load_dataset("uoft-cs/cifar10", split="train")))
+    batches = [_cifar_batch(path) for path in _find(data_dir, "cifar10")]
+    return Images(torch.cat([batch.x for batch in batches]), torch.cat([batch.y for batch in batches]))
 
 
 def _smallnorb(data_dir: Path | None) -> Classification:

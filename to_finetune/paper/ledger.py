@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from to_finetune.errors import UsageError
+from to_finetune.files import write_whole
 from to_finetune.paper.methods import Trial
-from to_finetune.paper.tuning import TUNING_SEED, Losses, choose, rounded
+from to_finetune.paper.tuning import DIGITS, TUNING_SEED, Losses, choose, rounded
 
 
 class Ledger:
@@ -35,25 +37,35 @@ class Ledger:
         self.path, self._train, self._progress = path, train, progress
         path.parent.mkdir(parents=True, exist_ok=True)
         header = json.dumps(protocol) + "\n"
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        text = text[: text.rfind("\n") + 1] or header
+        found = path.read_text(encoding="utf-8") if path.exists() else ""
+        text = found[: found.rfind("\n") + 1] or header
         if not text.startswith(header):
             raise UsageError(f"{path} has trainings of another protocol: move it away.")
-        path.write_text(text, encoding="utf-8")
+        if text != found:
+            write_whole(path, text)
+        self.seconds = 0.0  # of all trainings, those of earlier runs too
         self._finished: dict[str, list[float | None]] = {}
-        for line in map(json.loads, text.splitlines()[1:]):
-            self._finished[_key(line["method"], line["trial"], line["seed"])] = line["losses"]
+        for number, line in enumerate(text.splitlines()[1:], start=2):
+            try:
+                training = json.loads(line)
+            except ValueError:
+                raise UsageError(f"{path} is damaged in line {number}: delete that line.") from None
+            self._finished[_key(training["method"], training["trial"], training["seed"])] = training["losses"]
+            self.seconds += training["seconds"]
 
     def losses(self, method: str, trial: Trial, seed: int) -> list[float | None]:
         """Of one training, rounded, None once diverged; from the file where it is there."""
         key = _key(method, trial, seed)
         if key not in self._finished:
             self._progress(f"training {len(self._finished) + 1}: {key}")
-            found = [rounded(loss) for loss in self._train(method, trial, seed)]
-            line = {"method": method, "trial": trial, "seed": seed, "losses": found}
+            began = time.perf_counter()
+            found = rounded(self._train(method, trial, seed), DIGITS)
+            seconds = round(time.perf_counter() - began, 1)
+            line = {"method": method, "trial": trial, "seed": seed, "seconds": seconds, "losses": found}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             self._finished[key] = found
+            self.seconds += seconds
         return self._finished[key]
 
     def compare(

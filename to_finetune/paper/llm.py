@@ -23,7 +23,7 @@ from typing import IO, Any, cast
 from to_finetune.errors import RunError, UsageError
 from to_finetune.paper.ledger import Ledger
 from to_finetune.paper.methods import Trial
-from to_finetune.paper.tuning import TUNING_SEED, Losses
+from to_finetune.paper.tuning import TUNING_SEED, Losses, points
 
 Finetune = Callable[[list[str]], str | None]  # takes flags; returns the sentence of a training that failed
 
@@ -69,7 +69,7 @@ class Protocol:
     @property
     def points(self) -> list[int]:
         """The steps after which the loss is taken."""
-        return [self.steps * i // self.evaluations for i in range(self.evaluations + 1)]
+        return points(self.steps, self.evaluations)
 
 
 FULL = Protocol("full")
@@ -108,7 +108,7 @@ METHODS = {
     "rank_one_to": Method("rank_one_to", 1.0, {"alpha": 0.01, "beta": 0.1}, f"{_EXACT},scope=group"),
     "momentum_ours": Method("diagonal_to", 0.008, {"alpha": 0.0, "beta": 0.1}, _OURS),
     "diagonal_to_ours": Method("diagonal_to", 0.008, {"alpha": 0.3, "beta": 0.1}, _OURS),
-    "rank_one_to_ours": Method("rank_one_to", 0.008, {"alpha": 0.3, "beta": 0.1}, _OURS),
+    "rank_one_to_ours": Method("rank_one_to", 0.008, {"alpha": 0.3, "beta": 0.1}, f"{_OURS},scope=group"),
 }
 
 
@@ -123,8 +123,6 @@ def run(data_dir: Path | None, folder: Path, quick: bool, progress: Callable[[st
         RunError: with finetune.py's sentence, where a training fails.
     """
     protocol = QUICK if quick else FULL
-    options = {name: method.options for name, method in METHODS.items()}
-    header = {"protocol": asdict(protocol) | {"options": options}}
     with ExitStack() as stack:
         source = Path(stack.enter_context(TemporaryDirectory())) if quick else checked(data_dir)
 
@@ -135,7 +133,7 @@ def run(data_dir: Path | None, folder: Path, quick: bool, progress: Callable[[st
         def losses(name: str, trial: Trial, seed: int) -> Losses:
             return train(finetune(), flags(METHODS[name], trial, seed, protocol, source), protocol.points)
 
-        trained = Ledger(folder / "llm.jsonl", header, losses, progress)
+        trained = Ledger(folder / "llm.jsonl", described(protocol), losses, progress)
         methods = {}
         for name, method in METHODS.items():
             trials_of = partial(trials, method, protocol.schedules)
@@ -143,10 +141,15 @@ def run(data_dir: Path | None, folder: Path, quick: bool, progress: Callable[[st
             methods[name] = trained.compare(name, lrs, trials_of, protocol.widenings, protocol.seeds)
     return {
         "case": {"name": "llm", "dataset": "alpaca", "model": "random: a trial, not a result" if quick else MODEL},
-        **header,
+        "protocol": described(protocol),
         "steps": protocol.points,
         "methods": methods,
+        "seconds": trained.seconds,
     }
+
+
+def described(protocol: Protocol) -> dict[str, Any]:
+    return asdict(protocol) | {"options": {name: method.options for name, method in METHODS.items()}}
 
 
 def trials(method: Method, schedules: tuple[str, ...], lrs: list[float]) -> list[Trial]:
@@ -158,7 +161,7 @@ def checked(data_dir: Path | None) -> Path:
     if data_dir is None or not ((data_dir / MODEL / "config.json").exists() and (data_dir / DATA).exists()):
         raise UsageError(
             f"The Llama's row needs --data_dir with a folder {MODEL} (the pretrained Llama of 260 thousand weights, "
-            f"in Hugging Face's format) and {DATA} (Stanford Alpaca's), which are not both in {data_dir}."
+            f"in Hugging Face's format) and {DATA} (Stanford Alpaca's); it is {data_dir or 'not given'}."
         )
     return data_dir
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from to_finetune.paper.methods import Method, Rates, State, Trial, rates
+from to_finetune.paper.tuning import points
 
 ELEMENTS = 600_000  # weights that are stepped together: they and their state stay in a processor's cache
 STATE_BYTES = 2 << 30  # of the members that are stepped together
@@ -56,6 +57,7 @@ def train(
     method: Method,
     trials: list[Trial],
     seeds: list[int],
+    *,
     steps: int,
     batch_size: int,
     evaluations: int,
@@ -76,18 +78,18 @@ def train(
     Returns:
         The losses, (seeds, trials, 1 + evaluations made), in the weights' dtype; infinite once a member has diverged.
     """
-    points = [steps * i // evaluations for i in range(evaluations + 1)][: stop_after and stop_after + 1]
+    taken_at = points(steps, evaluations)[: (evaluations if stop_after is None else stop_after) + 1]
     start = torch.stack([initial_weights(problem, seed) for seed in seeds])
-    batches = torch.stack([batch_order(len(problem.y), batch_size, points[-1], seed) for seed in seeds]).to(
+    batches = torch.stack([batch_order(len(problem.y), batch_size, taken_at[-1], seed) for seed in seeds]).to(
         problem.y.device
     )
-    bytes_each = sum(s.nbytes for s in method.start(start[:1].to("meta"), points[-1]))
+    bytes_each = sum(s.nbytes for s in method.start(start[:1].to("meta"), taken_at[-1]))
     together = max(1, min(ELEMENTS // problem.n, STATE_BYTES // bytes_each) // len(seeds))
     take_step: StepFunction = _step
-    if compiled and can_compile():
+    if compiled and can_compile(problem.x.device.type):
         take_step = torch.compile(_step)
     parts = [
-        _train(problem, method, take_step, trials[i : i + together], start, batches, steps, points, rows, progress)
+        _train(problem, method, take_step, trials[i : i + together], start, batches, steps, taken_at, rows, progress)
         for i in range(0, len(trials), together)
     ]
     return torch.cat(parts, dim=1)
@@ -157,20 +159,20 @@ def _train(
     start: Tensor,
     batches: Tensor,
     steps: int,
-    points: list[int],
+    taken_at: list[int],
     rows: Tensor | None,
     progress: Callable[[int], None],
 ) -> Tensor:
     """`train` for as many trials as are stepped together; start is (seeds, n), batches (seeds, steps, batch_size)."""
     seeds = len(start)
     w = start[:, None].repeat(1, len(trials), 1)
-    state = method.start(w.flatten(0, 1), points[-1])
+    state = method.start(w.flatten(0, 1), taken_at[-1])
     alive = torch.arange(len(trials), device=w.device)
-    losses = w.new_full((seeds, len(trials), len(points)), torch.inf)
+    losses = w.new_full((seeds, len(trials), len(taken_at)), torch.inf)
     losses[:, :, 0] = training_loss(problem, w, rows)
     rates_of = rates(trials * seeds, steps, w)
     l2 = w.new_tensor(problem.l2)  # a number would be compiled into the step
-    for i, (taken, until) in enumerate(pairwise(points)):
+    for i, (taken, until) in enumerate(pairwise(taken_at)):
         for step in range(taken, until):
             x, y, at = problem.x[batches[:, step]], problem.y[batches[:, step]], torch.tensor(step)
             w, state = take_step(problem.layers, l2, method.update, w, state, x, y, rates_of(at), at)
@@ -180,7 +182,7 @@ def _train(
         losses[:, alive, i + 1] = loss.where(good & losses[:, alive, i].isfinite(), torch.inf)
         keep = good.any(0)
         if not keep.all():
-            progress((points[-1] - until) * seeds * int((~keep).sum()))
+            progress((taken_at[-1] - until) * seeds * int((~keep).sum()))
             alive, w, state = alive[keep], w[:, keep], _kept(state, keep, seeds)
             if not len(alive):
                 break
@@ -207,13 +209,14 @@ def _step(
 
 
 @cache
-def can_compile() -> bool:
-    """Whether torch's compiler finds what it needs, a C++ compiler say; warns where it does not."""
+def can_compile(device: str) -> bool:
+    """Whether torch's compiler finds what it needs, a C++ compiler say or Triton; warns where it does not."""
     torch._dynamo.config.cache_size_limit = 64  # kinds of step: a method's, in a few numbers of members, each
     try:
-        torch.compile(lambda x: x + 1)(torch.ones(2))
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
     except Exception as error:  # of many kinds, a platform's own among them
-        warnings.warn(f"torch.compile does not work here, steps are slower: {str(error).splitlines()[0]}", stacklevel=2)
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
+        warnings.warn(f"torch.compile does not work here, steps are slower: {reason}", stacklevel=2)
         return False
     return True
 

@@ -1,7 +1,7 @@
 """The methods that are compared, as pure functions of one member, and the trials that each is given.
 
-A method's rule takes the weights w and the gradient g of one member, both (n,), its state and its rates, and runs
-under `torch.vmap` over many members. The Trainable Optimizers are the rules of `to_finetune.optim.rules` themselves.
+A rule takes the weights w and the gradient g of many members, (members, n), their state and their rates, (members, 1).
+The Trainable Optimizers are the rules of `to_finetune.optim.rules` themselves, with all weights as one vector.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Trial = Mapping[str, Any]  # lr, schedule, and the method's own: alpha and beta,
 
 SCHEDULES = ("constant", "exponential")
 LR_END, ALPHA_END = 0.01, 0.1  # what is left of lr, and of alpha and beta, after the last step of "exponential"
-COARSE = tuple(10 ** (-i / 2) for i in range(4, 0, -1))  # 0.01, 0.03, 0.1, 0.3
-FINE = tuple(10 ** (-i / 4) for i in range(8, 0, -1))  # the same range, twice as dense
+COARSE = tuple(10 ** (i / 2 - 1) for i in range(4))  # 0.1, 0.3, 1, 3
+FINE = tuple(10 ** (i / 4 - 1) for i in range(8))  # the same range, twice as dense
 BETAS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)  # as many as the paper's pairs, halved
 FOLDED = 32  # corrections of Full TO that are added to its matrix together, which is then read and written once
 PAPER = (0.0, 0.01, 0.1, 0.5, 1.0)  # the paper's values of alpha and of beta
@@ -37,8 +37,7 @@ class Method:
     """One column of a table.
 
     start: the state of members with weights w, (members, n), that will take so many steps.
-    update: new weights and state from ``(w, g, state, rates, step)``; w and g are (members, n), the rates a mapping
-        from each rate's name to (members,) or, for the state's sake, written in place.
+    update: new weights and state from ``(w, g, state, rates, step)``; the state may be written in place.
     lrs: the values of lr that are tried first.
     grid: the values of the method's other rates.
     """
@@ -97,8 +96,8 @@ def momentum(w: Tensor, g: Tensor, b: Tensor, *, lr: Tensor, beta: Tensor) -> tu
     return w - lr * b, b
 
 
-def _zeros(names: int) -> Callable[[Tensor, int], State]:
-    return lambda w, steps: tuple(torch.zeros_like(w) for _ in range(names))
+def _zeros(count: int) -> Callable[[Tensor, int], State]:
+    return lambda w, steps: tuple(torch.zeros_like(w) for _ in range(count))
 
 
 def _adam(w: Tensor, g: Tensor, state: State, rates: Rates, step: Tensor) -> tuple[Tensor, State]:
@@ -169,7 +168,13 @@ _OURS: Options = {"gamma_max": 1.0, "relative_alpha": True}
 _TO_GRID = {"alpha": PAPER, "beta": PAPER}
 
 METHODS: dict[str, Method] = {
-    "adam": Method("Adam", FINE, {"beta1": (0.0, 0.5, 0.9, 0.95), "beta2": (0.9, 0.99, 0.999)}, _zeros(2), _adam),
+    "adam": Method(
+        "Adam",
+        tuple(lr / 10 for lr in FINE),
+        {"beta1": (0.0, 0.5, 0.9, 0.95), "beta2": (0.9, 0.99, 0.999)},
+        _zeros(2),
+        _adam,
+    ),
     "momentum": Method("Momentum", FINE, {"beta": BETAS}, _zeros(1), _momentum),
     "full_to": Method("Full TO", COARSE, _TO_GRID, _start_full, partial(_full, _EXACT)),
     "diagonal_to": Method("Diagonal TO", COARSE, _TO_GRID, _zeros(2), partial(_diagonal, _EXACT)),

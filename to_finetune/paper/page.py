@@ -20,10 +20,8 @@ from to_finetune.paper.tuning import CRITERIA
 Result = dict[str, Any]
 
 
-def render(folder: Path, commands: Sequence[str] = ()) -> list[Path]:
+def render(folder: Path) -> list[Path]:
     """Write the tables, figures and page of the results that the folder has; returns the paths.
-
-    commands: what reproduces them, for the page.
 
     Raises:
         UsageError: for a damaged result, and where there is none.
@@ -37,7 +35,7 @@ def render(folder: Path, commands: Sequence[str] = ()) -> list[Path]:
     written += figures.write({name: one.figure for name, one in drawn.items()}, folder)
     pictures = [(inline(folder / f"{name}.svg"), one.title, one.caption) for name, one in drawn.items()]
     page = folder / "index.html"
-    write_whole(page, html(results, theory, pictures, commands))
+    write_whole(page, html(results, theory, pictures))
     return [*written, page]
 
 
@@ -63,7 +61,14 @@ def checked(result: Any) -> Result:
         counts = [found[key] for key in ("trials", "diverged", "widened")]
         if not all(isinstance(count, int) for count in counts) or set(found["winners"]) != set(CRITERIA):
             raise ValueError(f"{name} has no numbers of trials, or no winners")
-    return {**result, "methods": methods}
+    return {**described(result), "methods": methods}
+
+
+def described(result: Any) -> Result:
+    """The result, if it says how and on what it was made."""
+    if not isinstance(result["flags"] + result["protocol"]["name"] + result["machine"]["processor"], str):
+        raise TypeError("it does not say how it was made")
+    return {**result, "seconds": float(result["seconds"])}
 
 
 def checked_theory(theory: Any) -> Result:
@@ -73,7 +78,7 @@ def checked_theory(theory: Any) -> Result:
         found = theory["proposition_2"][problem]
         if any(len(found[method]["slope_ratio"]) != len(found["factor"]) for method in figures.BOUNDED):
             raise ValueError("Proposition 2 has ratios of other factors")
-    return dict(theory)
+    return described(theory)
 
 
 def inline(path: Path) -> Markup:
@@ -89,7 +94,6 @@ def html(
     results: Mapping[str, Result],
     theory: Result | None,
     pictures: Sequence[tuple[Markup, str, str]],
-    commands: Sequence[str],
 ) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -100,7 +104,7 @@ def html(
     )
     everything = [*results.values(), *([theory] if theory else [])]
     return environment.get_template("page.html").render(
-        trial=any(result["protocol"]["name"] == "quick" for result in results.values()),
+        trial=any(result["protocol"]["name"] == "quick" for result in everything),
         finished=len(results),
         planned=len(ROWS),
         readings=glance(results),
@@ -114,7 +118,7 @@ def html(
         datasets=datasets(results.values()),
         protocols=protocols(results),
         machines=machines(everything),
-        commands=commands,
+        commands=commands(results, theory),
     )
 
 
@@ -156,6 +160,14 @@ def datasets(results: Iterable[Result]) -> list[list[str]]:
     return [[DATASETS[name], *(f"{data[size]:,}" for size in sizes), data["note"]] for name, data in found.items()]
 
 
+def commands(results: Mapping[str, Result], theory: Result | None) -> list[str]:
+    """What made the results, a command for each set of flags."""
+    names: dict[str, list[str]] = {}
+    for name, result in {**results, **({"theory": theory} if theory else {})}.items():
+        names.setdefault(result["flags"], []).append(name)
+    return [f"to-finetune reproduce {' '.join(of_flags)}{flags}" for flags, of_flags in names.items()]
+
+
 def protocols(results: Mapping[str, Result]) -> list[tuple[str, str]]:
     """What was trained how much, for the cases that share it."""
     cases: dict[str, list[str]] = {}
@@ -176,9 +188,7 @@ def machines(results: Iterable[Result]) -> list[tuple[str, int, float]]:
     """Each machine in words, with the number of its results and the hours that they took."""
     found: dict[str, list[float]] = {}
     for result in results:
-        if "seconds" in result:
-            words = _in_words(result["machine"]) if "machine" in result else "not recorded"
-            found.setdefault(words, []).append(result["seconds"])
+        found.setdefault(_in_words(result["machine"]), []).append(result["seconds"])
     return [(words, len(seconds), sum(seconds) / 3600) for words, seconds in found.items()]
 
 

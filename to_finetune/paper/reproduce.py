@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from dataclasses import asdict
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +14,61 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from to_finetune.errors import UsageError, did_you_mean
+from to_finetune.errors import RunError, UsageError, did_you_mean
 from to_finetune.files import write_whole
 from to_finetune.machine import machine
 from to_finetune.paper import contest, llm, resnet, theory
 from to_finetune.paper.cases import CONVEX, FFN, FULL, QUICK, STRONGLY_CONVEX
 from to_finetune.paper.data import Classification, Images, load, load_cifar10
+from to_finetune.paper.page import render
 
 CASES = {case.name: case for case in (*STRONGLY_CONVEX, *CONVEX, *FFN)}
 JOBS = (*CASES, "resnet18", "resnet50", "llm", "theory")  # each leaves a result file of its name
+DEVICES = ("cpu", "cuda")
 
 
 def reproduce(targets: Sequence[str], data_dir: str | None, output_dir: str, quick: bool, device: str) -> int:
-    """Run what the targets need and draw tables, figures and the page; the exit code is 1 where data were missing.
+    """Run what the targets need and draw tables, figures and the page; the exit code is 1 where a job was not done.
 
     Raises:
-        UsageError: for an unknown target, and where nothing could be run or drawn.
+        UsageError: for an unknown target, folder or device, a result of another protocol, and where nothing was done.
     """
-    from to_finetune.paper.page import render
-
+    names = wanted(targets, device)
     check_places(data_dir, device)
     console = Console()
     folder = Path(output_dir) / "quick" if quick else Path(output_dir)
-    names = [name for name in wanted(targets, device) if not (folder / f"{name}.json").exists()]
+    missing = [name for name in names if not is_finished(folder / f"{name}.json", protocol(name, quick, device))]
     folder.mkdir(parents=True, exist_ok=True)
     run = partial(run_job, data_dir=Path(data_dir) if data_dir else None, folder=folder, quick=quick, device=device)
-    missing = run_all(names, run, console)
-    if missing and not list(folder.glob("*.json")):
-        raise UsageError(" ".join(missing))
-    written = render(folder, [f"to-finetune reproduce {' '.join(targets)}" + " --quick" * quick])
+    failures = run_all(missing, run, console)
+    if failures and not list(folder.glob("*.json")):
+        raise UsageError(" ".join(failures))
+    written = render(folder)
     console.print(f"{len(written)} tables, figures and pages in {folder}; open {folder / 'index.html'}.")
-    for sentence in missing:
-        console.print(f"[yellow]not run:[/yellow] {sentence}", soft_wrap=True)
-    return 1 if missing else 0
+    for sentence in failures:
+        console.print(f"[yellow]not done:[/yellow] {sentence}", soft_wrap=True)
+    return 1 if failures else 0
+
+
+def wanted(targets: Sequence[str], device: str) -> list[str]:
+    """The jobs that the targets stand for, each once."""
+    table2, convex, ffn = ([case.name for case in cases] for cases in (STRONGLY_CONVEX, CONVEX, FFN))
+    resnets = ["resnet18", "resnet50"] if device.startswith("cuda") else ["resnet18"]
+    table3 = [*convex, *ffn, *resnets]
+    groups = {
+        "all": [*table2, *table3, "llm", "theory"],
+        **{"table2": table2, "table3": table3, "table6": ["llm"]},
+        **{"figure1": table2, "figure2": convex, "figure3": ffn, "figure4": resnets, "figure5": ["llm"]},
+        **{"figure6": ["theory"], "figure7": ["theory"]},
+    }
+    every = groups | {name: [name] for name in JOBS}
+    for target in targets:
+        if target not in every:
+            raise UsageError(
+                f"There is no target {target!r} to reproduce; there are {', '.join(groups)} and the single jobs "
+                f"{', '.join(JOBS)}.{did_you_mean(target, every)}"
+            )
+    return list(dict.fromkeys(name for target in targets for name in every[target]))
 
 
 def check_places(data_dir: str | None, device: str) -> None:
@@ -53,36 +76,48 @@ def check_places(data_dir: str | None, device: str) -> None:
     if data_dir is not None and not Path(data_dir).is_dir():
         raise UsageError(f"--data_dir {data_dir} is not a folder.")
     try:
+        if torch.device(device).type not in DEVICES:
+            raise RuntimeError(f"it takes {' and '.join(DEVICES)}")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"--device {device} cannot be used: {error or type(error).__name__}") from error
 
 
-def wanted(targets: Sequence[str], device: str) -> list[str]:
-    """The jobs that the targets stand for, each once."""
-    convex, ffn = [case.name for case in CONVEX], [case.name for case in FFN]
-    resnets = ["resnet18", "resnet50"] if device.startswith("cuda") else ["resnet18"]
-    table2 = [case.name for case in STRONGLY_CONVEX]
-    table3 = [*convex, *ffn, *resnets]
-    groups = {
-        "all": [*table2, *table3, "llm", "theory"],
-        **{"table2": table2, "table3": table3, "table6": ["llm"]},
-        **{"figure1": table2, "figure2": convex, "figure3": ffn, "figure4": resnets, "figure5": ["llm"]},
-        **{"figure6": ["theory"], "figure7": ["theory"]},
-        **{name: [name] for name in JOBS},
-    }
-    for target in targets:
-        if target not in groups:
-            raise UsageError(
-                f"There is no target {target!r} to reproduce; there are {', '.join(list(groups)[:11])} and the single "
-                f"cases {', '.join(JOBS)}.{did_you_mean(target, groups)}"
-            )
-    return list(dict.fromkeys(name for target in targets for name in groups[target]))
+def protocol(name: str, quick: bool, device: str) -> dict[str, Any]:
+    """How a job is run; its result says the same."""
+    if name == "theory":
+        return {"name": "quick" if quick else "full"}
+    if name == "llm":
+        return llm.described(llm.QUICK if quick else llm.FULL)
+    if name.startswith("resnet"):
+        return asdict(resnet_protocol(quick, device))
+    return asdict(QUICK if quick else FULL)
+
+
+def resnet_protocol(quick: bool, device: str) -> resnet.Protocol:
+    return resnet.PROTOCOLS["quick" if quick else "full" if device.startswith("cuda") else "reduced"]
+
+
+def is_finished(path: Path, protocol: dict[str, Any]) -> bool:
+    """Whether the result is there.
+
+    Raises:
+        UsageError: where it is damaged or was run otherwise.
+    """
+    if not path.exists():
+        return False
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["protocol"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{path} is damaged: delete it and reproduce {path.stem} again.") from error
+    if found != json.loads(json.dumps(protocol)):
+        raise UsageError(f"{path} was made by another protocol: move it away, or give another --output_dir.")
+    return True
 
 
 def run_all(names: list[str], run: Callable[..., None], console: Console) -> list[str]:
-    """Run the jobs with a line for each; returns the sentences of those whose data are missing."""
-    missing: list[str] = []
+    """Run the jobs with a line for each; returns the sentences of those that could not be done."""
+    failures: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         current = progress.add_task("", left="", total=1)
@@ -92,26 +127,25 @@ def run_all(names: list[str], run: Callable[..., None], console: Console) -> lis
                 description = f"{name}: {what}"
                 if progress.tasks[0].description != description:
                     progress.reset(current, description=description, total=total)
-                progress.update(current, advance=done, left=f"{len(names) - i - 1} cases behind it")
+                progress.update(current, advance=done, left=f"{len(names) - i - 1} jobs behind it")
 
             began = time.perf_counter()
             try:
                 run(name, show)
-            except UsageError as error:
-                if str(error) not in missing:
-                    missing.append(str(error))
+            except (UsageError, RunError) as error:
+                if str(error) not in failures:
+                    failures.append(str(error))
                 continue
             console.print(f"{name} [dim]{time.perf_counter() - began:.0f} s, {i + 1} of {len(names)}[/dim]")
         progress.remove_task(current)
-    return missing
+    return failures
 
 
 def run_job(
     name: str, show: contest.Progress, *, data_dir: Path | None, folder: Path, quick: bool, device: str
 ) -> None:
-    """Run one job and write its result whole, with the machine and the seconds that it took."""
+    """Run one job and write its result whole, with the flags, the machine and the seconds that it took."""
     began = time.perf_counter()
-    size = "quick" if quick else "full" if device.startswith("cuda") else "reduced"
 
     def line(text: str) -> None:
         show(text, 0, 1)
@@ -119,22 +153,24 @@ def run_job(
     result: dict[str, Any]
     if name in CASES:
         data = dataset(CASES[name].dataset, data_dir, quick)
-        result = contest.run(CASES[name], on(data, device), QUICK if quick else FULL, show)
+        data = data._replace(x=data.x.to(device), y=data.y.to(device))
+        result = contest.run(CASES[name], data, QUICK if quick else FULL, show)
     elif name == "theory":
         result = theory.run(quick, line)
     elif name == "llm":
         result = llm.run(data_dir, folder, quick, line)
     else:
-        images = stand_in_images() if quick else load_cifar10(data_dir)[0]
+        images = stand_in_images() if quick else load_cifar10(data_dir)
         depth = int(name.removeprefix("resnet"))
-        result = resnet.run(depth, images, resnet.PROTOCOLS[size], torch.device(device), folder, line)
-    result |= {"machine": machine(), "seconds": round(time.perf_counter() - began, 1)}
-    write_whole(folder / f"{name}.json", json.dumps(result) + "\n")
+        result = resnet.run(depth, images, resnet_protocol(quick, device), torch.device(device), folder, line)
+    flags = " --data_dir DATA" * (data_dir is not None) + " --quick" * quick + f" --device {device}" * (device != "cpu")
+    seconds = {"seconds": round(time.perf_counter() - began, 1)}
+    write_whole(folder / f"{name}.json", json.dumps(seconds | result | {"flags": flags, "machine": machine()}) + "\n")
 
 
-@cache
+@lru_cache(maxsize=1)
 def dataset(name: str, data_dir: Path | None, quick: bool) -> Classification:
-    """The data, read once; for a quick trial the digits that come with scikit-learn stand in."""
+    """The data, read once for cases that follow each other; for a quick trial scikit-learn's digits stand in."""
     if not quick:
         return load(name, data_dir)
     from sklearn.datasets import load_digits
@@ -149,7 +185,3 @@ def stand_in_images() -> Images:
     digits = dataset("digits", None, True)
     x = (digits.x.view(-1, 1, 8, 8) * 255).to(torch.uint8)
     return Images(x.repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1), digits.y)
-
-
-def on(data: Classification, device: str) -> Classification:
-    return data._replace(x=data.x.to(device), y=data.y.to(device))

@@ -28,9 +28,9 @@ from to_finetune.errors import UsageError
 from to_finetune.optim import DiagonalTO, RankOneTO
 from to_finetune.paper import ledger
 from to_finetune.paper.data import Images
-from to_finetune.paper.members import batch_order
+from to_finetune.paper.members import DIVERGED, batch_order
 from to_finetune.paper.methods import ALPHA_END, LR_END, SCHEDULES, Trial
-from to_finetune.paper.tuning import Losses
+from to_finetune.paper.tuning import Losses, points
 
 WIDENINGS = 2  # of lr's values
 EVALUATED_TOGETHER = 512  # rows whose batch statistics the criterion takes
@@ -44,7 +44,7 @@ class Protocol:
     width: channels of the first stage; 64 is the whole network. At least 16: below, oneDNN's strided 1x1 convolutions
         write past their memory in channels_last (its issue 6035).
     trials: rates tried for each method, a multiple of 6; seeds: those that judge the winners.
-    evaluations: how often the full training loss is taken, evenly, beside the start.
+    evaluated_rows: the first of these, whose loss is the criterion; evaluations: how often, evenly, beside the start.
     """
 
     name: str
@@ -54,19 +54,24 @@ class Protocol:
     steps: int
     trials: int
     evaluations: int
+    evaluated_rows: int
     batch: int = 64
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
 
     @property
     def points(self) -> list[int]:
         """The steps after which the loss is taken."""
-        return [self.steps * i // self.evaluations for i in range(self.evaluations + 1)]
+        return points(self.steps, self.evaluations)
 
 
 PROTOCOLS = {
-    "quick": Protocol("quick", rows=32, size=8, width=16, steps=2, trials=6, seeds=(1,), evaluations=2, batch=16),
-    "reduced": Protocol("reduced", rows=2048, size=16, width=16, steps=128, trials=12, evaluations=8),
-    "full": Protocol("full", rows=5120, size=32, width=64, steps=240, trials=12, evaluations=6),
+    "quick": Protocol(
+        "quick", rows=32, size=8, width=16, steps=2, trials=6, evaluations=2, evaluated_rows=32, batch=16, seeds=(1,)
+    ),
+    "reduced": Protocol(
+        "reduced", rows=2048, size=16, width=16, steps=128, trials=12, evaluations=8, evaluated_rows=2048
+    ),
+    "full": Protocol("full", rows=50_000, size=32, width=64, steps=781, trials=6, evaluations=8, evaluated_rows=5120),
 }
 
 
@@ -138,8 +143,13 @@ def run(
     for name, method in METHODS.items():
         trials_of = partial(method.trials, protocol.trials // len(method.lrs))
         methods[name] = trained.compare(name, method.lrs, trials_of, WIDENINGS, protocol.seeds)
-    about = {"name": case, "dataset": "cifar10"}
-    return {"case": about, "protocol": asdict(protocol), "steps": protocol.points, "methods": methods}
+    return {
+        "case": {"name": case, "dataset": "cifar10"},
+        "protocol": asdict(protocol),
+        "steps": protocol.points,
+        "methods": methods,
+        "seconds": trained.seconds,
+    }
 
 
 def train_once(depth: int, method: Method, rates: Trial, seed: int, x: Tensor, y: Tensor, protocol: Protocol) -> Losses:
@@ -152,18 +162,19 @@ def train_once(depth: int, method: Method, rates: Trial, seed: int, x: Tensor, y
         torch.manual_seed(seed)
         network = resnet(depth, protocol.width).to(x.device)
     optimizer, scheduler = with_schedule(method, network.parameters(), rates, protocol.steps)
-    found = [training_loss(network, x, y)]
+    first = slice(protocol.evaluated_rows)
+    found = [training_loss(network, x[first], y[first])]
     for step, batch in enumerate(batch_order(len(y), protocol.batch, protocol.steps, seed).to(x.device), start=1):
         optimizer.zero_grad()
         _loss(network, x[batch], y[batch]).backward()
         optimizer.step()
         scheduler.step()
         if step in protocol.points:
-            found.append(training_loss(network, x, y))
-            if not math.isfinite(found[-1]):
+            found.append(training_loss(network, x[first], y[first]))
+            if not found[-1] < DIVERGED * found[0]:
+                found[-1] = math.inf
                 break
-    kept = [loss if math.isfinite(loss) else math.inf for loss in found]
-    return kept + [math.inf] * (len(protocol.points) - len(kept))
+    return found + [math.inf] * (len(protocol.points) - len(found))
 
 
 def with_schedule(

@@ -12,6 +12,7 @@ from to_finetune.paper.tuning import CRITERIA
 
 Curve = Sequence[float | None]  # losses at the recorded steps, None from where the training has diverged
 MARKS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
+RESOLUTION = 0.001  # percent: of smaller differences between losses in float32 nothing is said
 
 
 class Comparison(NamedTuple):
@@ -34,8 +35,8 @@ class Comparison(NamedTuple):
 
     @property
     def marks(self) -> str:
-        """Stars for p_t, the larger of the two p."""
-        p = 1.0 if self.p_t is None else self.p_t
+        """Stars for p_t, the larger of the two p; none where the mean is below the resolution."""
+        p = 1.0 if self.p_t is None or self.mean is None or abs(self.mean) < RESOLUTION else self.p_t
         return next((stars for limit, stars in MARKS if p < limit), "")
 
     @property

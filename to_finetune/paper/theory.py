@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from math import exp, inf, isfinite, log10
+from math import exp, inf, log10
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from to_finetune.optim import rules
 from to_finetune.optim.schedules import rates_at
 from to_finetune.paper.methods import State, adam, momentum
+from to_finetune.paper.tuning import rounded
 
 ROWS, N, RIDGE, BATCH, SEED = 200, 8, 0.3, 8, 7
 LR, BETA, T0 = 8.0, 6.0, 20.0  # lr_t = LR / (t + T0) and so on; alpha comes from the proposition's condition
@@ -72,7 +73,12 @@ def run(quick: bool, progress: Callable[[str], None] = lambda _: None) -> dict[s
         **{"adam_betas": [BETA1.item(), BETA2.item()], "proposition_steps": proposition_steps},
         "slope_window": [steps // WINDOW, steps],
     }
-    results: dict[str, Any] = {"settings": settings, "problems": {}, "proposition_2": {}}
+    results: dict[str, Any] = {
+        "protocol": {"name": "quick" if quick else "full"},
+        "settings": settings,
+        "problems": {},
+        "proposition_2": {},
+    }
     for name in ("ridge_logistic", "quadratic"):
         problem = make_problem(name)
         constants = {"D": problem.radius, "norm_of_optimum": problem.optimum.norm().item(), "g_max": problem.g_max}
@@ -262,14 +268,3 @@ def slope_norm(method: str, state: State) -> Tensor:
     if method == "rank_one_to":
         return state[0].norm(dim=-1) * state[1].norm(dim=-1)
     return state[0].flatten(2).norm(dim=-1)
-
-
-def rounded(x: Any) -> Any:
-    """Every float in it to 6 significant digits, None for one that is not finite: an overflow."""
-    if isinstance(x, dict):
-        return {key: rounded(value) for key, value in x.items()}
-    if isinstance(x, list):
-        return [rounded(value) for value in x]
-    if isinstance(x, float):
-        return float(f"{x:.6g}") if isfinite(x) else None
-    return x

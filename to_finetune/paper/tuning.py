@@ -16,6 +16,7 @@ CRITERIA: dict[str, Criterion] = {
     "area": lambda losses: sum(losses[1:]) / (len(losses) - 1),  # under the curve from the first evaluation on: speed
 }
 TUNING_SEED = 0
+DIGITS = 9  # of a loss in a result: more than float32 has
 
 
 def choose(
@@ -45,18 +46,17 @@ def choose(
         winners = {name: best(tried, curves, score) for name, score in CRITERIA.items()}
         if widened == widenings:
             break
-        new = beyond(grid, [winner["lr"] for winner in winners.values() if winner])
+        at = [winner["lr"] if winner else grid[0] for winner in winners.values()]  # where all diverged, go down
+        new = beyond(grid, at)
         if not new:
             break
         grid = sorted([*grid, *new])
     return {
         "trials": len(tried),
         "diverged": sum(math.inf in losses for losses in curves),
-        "lrs": [rounded(lr) for lr in grid],
+        "lrs": rounded(grid),
         "widened": len(grid) - len(lrs),
-        "winners": {
-            name: winner and {key: rounded(value) for key, value in winner.items()} for name, winner in winners.items()
-        },
+        "winners": rounded(winners),
     }
 
 
@@ -75,8 +75,17 @@ def beyond(lrs: list[float], winners: list[float]) -> list[float]:
     return lower + upper
 
 
-def rounded(value: Any) -> Any:
-    """A number with six digits, None for one that is not finite; anything else as it is."""
-    if not isinstance(value, float):
-        return value
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+def points(steps: int, evaluations: int) -> list[int]:
+    """After how many steps the loss is taken, evenly, the start first."""
+    return [steps * i // evaluations for i in range(evaluations + 1)]
+
+
+def rounded(value: Any, digits: int = 6) -> Any:
+    """Every float in it with so many digits, None for one that is not finite; anything else as it is."""
+    if isinstance(value, dict):
+        return {key: rounded(one, digits) for key, one in value.items()}
+    if isinstance(value, list):
+        return [rounded(one, digits) for one in value]
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    return value
