@@ -40,12 +40,12 @@ NOTE = (
     "Table numbers are ours: the paper's tables reached us without them. R = 100 (1 − L / L of Adam) in percent, above "
     "0 where the method is better than Adam; L is {loss}. Mean ± standard deviation over the seeds, paired: a seed "
     "gives all methods the same initial weights and batches. * p < 0.05, ** p < 0.01, *** p < 0.001 by the two-sided "
-    "Wald test with Student's t, not corrected for the number of tests. Bold: the best of a row, if above 0. † ours: "
-    "{ours}; all others take the paper's exact update, as we derived it."
+    "Wald test with Student's t, not corrected for the number of tests; none where |R| < 0.001. Bold: the best of a "
+    "row, if above 0. † ours: {ours}; all others take the paper's exact update, as we derived it."
 )
 OURS = "with our guard (γ ≤ 1) and relative α"
 REASONS = {
-    "no data": "no data: SmallNORB could not be had; with upstream's files in --data_dir it runs.",
+    "no data": "no data: SmallNORB was not at hand; with upstream's files in --data_dir it runs.",
     "not run": "not run: there is no result of this case yet.",
     "left out": "left out: the slope of Full TO, n × n, is too large for this n.",
 }
@@ -89,7 +89,10 @@ def make(results: Results, name: str, criterion: str) -> Table:
     """The table of this name, by this criterion."""
     columns = [method for method in COMPARED if method in METHODS or name == "table6"]
     groups = {
-        group: {title: cells(results.get(row), row, criterion, columns) for row, title in GROUPS[group].items()}
+        group: {
+            title + smaller(results.get(row)): cells(results.get(row), row, criterion, columns)
+            for row, title in GROUPS[group].items()
+        }
         for group in TABLES[name]
     }
     shown = {cell.text for rows in groups.values() for row in rows.values() for cell in row}
@@ -98,6 +101,11 @@ def make(results: Results, name: str, criterion: str) -> Table:
     title = f"Table {name.removeprefix('table')}, by {criterion}: {', '.join(TABLES[name])}"
     note = " ".join([NOTE.format(loss=LOSSES[criterion], ours=ours), *reasons])
     return Table(f"{name}-{criterion}", title, note, ["", "Adam's loss", *map(label, columns)], groups)
+
+
+def smaller(result: Mapping[str, Any] | None) -> str:
+    """What stands behind the label of a case that was run in a reduced protocol."""
+    return ", reduced" if result and result["protocol"]["name"] == "reduced" else ""
 
 
 def cells(result: Mapping[str, Any] | None, row: str, criterion: str, columns: Sequence[str]) -> list[Cell]:
@@ -140,7 +148,11 @@ def by_seed(result: Mapping[str, Any], criterion: str) -> dict[str, list[float |
 
 
 class Reading(NamedTuple):
-    """In how many cases a method is significantly better than `against`, and so on; without_slope: chosen alpha = 0."""
+    """In how many cases a method is significantly better than `against`, and so on.
+
+    without_slope: the tuning chose alpha = 0. Such a case is momentum, from fewer betas and values of lr than
+    Momentum's own, and says nothing of the slope: it is counted here alone.
+    """
 
     method: str
     criterion: str
@@ -168,8 +180,10 @@ def _count(results: Sequence[Mapping[str, Any]], method: str, criterion: str, ag
     verdicts: Counter[str] = Counter()
     for result in results:
         losses = by_seed(result, criterion)
-        verdicts[compare(losses[method], losses[reference(losses, method, against)]).verdict] += 1
-    winners = [result["methods"][method]["winners"][criterion] or {} for result in results]
+        winner = result["methods"][method]["winners"][criterion] or {}
+        no_slope = "momentum" not in method and winner.get("alpha") == 0
+        compared = compare(losses[method], losses[reference(losses, method, against)])
+        verdicts["without slope" if no_slope else compared.verdict] += 1
     return Reading(
         method,
         criterion,
@@ -179,7 +193,7 @@ def _count(results: Sequence[Mapping[str, Any]], method: str, criterion: str, ag
         no_difference=verdicts["no difference"],
         worse=verdicts["worse"],
         no_loss=verdicts["no loss"],
-        without_slope=None if "momentum" in method else sum(winner.get("alpha") == 0 for winner in winners),
+        without_slope=None if "momentum" in method else verdicts["without slope"],
     )
 
 
@@ -193,8 +207,8 @@ RATE_HEADS = ("case", "method", "chosen by", "lr", "alpha", "beta", "schedule", 
 RATES_NOTE = (
     "The rates that won on the tuning seed. trials: of which the best was taken, equally many for each method of a "
     "case before lr's grid was widened; where the protocol has `screened`, only the most promising were trained to the "
-    "end. widened: the values of lr tried beyond the grid, since the best stood at its end. diverged: how many trials "
-    "did. For Adam, beta is beta1, beta2. alpha = 0 is momentum: no slope is learned. † ours."
+    "end. widened: the values of lr tried beyond the grid, since the best stood at its end; (end): it still does. "
+    "diverged: how many trials did. For Adam, beta is beta1, beta2. alpha = 0 is momentum: no slope is learned. † ours."
 )
 
 
@@ -206,11 +220,13 @@ def rates(results: Results) -> Iterator[tuple[str, ...]]:
             agree = winners["minimum"] == winners["area"]
             for criterion, winner in {"both": winners["minimum"]}.items() if agree else winners.items():
                 counts = (str(found[name]) for name in ("trials", "diverged", "widened"))
-                yield f"{title} ({group})", label(method), criterion, *_rates(winner or {}), *counts
+                yield f"{title} ({group})", label(method), criterion, *_rates(winner or {}, found["lrs"]), *counts
 
 
-def _rates(winner: Mapping[str, Any]) -> Iterator[str]:
+def _rates(winner: Mapping[str, Any], lrs: Sequence[float]) -> Iterator[str]:
     """lr, alpha, beta (both of Adam's) and schedule, a dash for what the method has not."""
+    if winner.get("lr") in (min(lrs), max(lrs)):
+        winner = {**winner, "lr": f"{winner['lr']:.4g} (end)"}
     for names in (("lr",), ("alpha",), ("beta", "beta1", "beta2"), ("schedule",)):
         values = [winner[name] for name in names if name in winner]
         yield ", ".join(value if isinstance(value, str) else f"{value:.4g}" for value in values) or "–"
