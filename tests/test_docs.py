@@ -60,3 +60,11 @@ def test_every_path_that_the_readme_names_is_there() -> None:
     missing = sorted({path for path in paths if not (ROOT / path).exists()})
     assert not missing
     assert len(paths) > 10
+
+
+def test_the_readme_has_every_row_of_the_papers_tables() -> None:
+    results = ROOT / "scripts" / "paper" / "results"
+    for name in ("table2", "table3", "table6"):
+        rows = [line for line in (results / f"{name}.md").read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
+        assert len(rows) > 4
+        assert [row for row in rows if row not in README] == []

@@ -211,7 +211,7 @@ def _step(
 @cache
 def can_compile(device: str) -> bool:
     """Whether torch's compiler finds what it needs, a C++ compiler say or Triton; warns where it does not."""
-    torch._dynamo.config.cache_size_limit = 64  # kinds of step: a method's, in a few numbers of members, each
+    torch._dynamo.config.cache_size_limit = 256  # kinds of step: a method's, in a few numbers of members, each
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
     except Exception as error:  # of many kinds, a platform's own among them
