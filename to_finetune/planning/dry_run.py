@@ -1,0 +1,305 @@
+"""A training step without weights, memory or arithmetic: what lives when, and what would be computed.
+
+The real model class runs forward and backward on fake tensors, which have shapes and dtypes only, under autocast, the
+subset's frozen weights and gradient checkpointing as in a run. Autograd keeps and drops the same tensors there as it
+would on a GPU, so that the largest sum of their bytes at any moment is the peak, for any architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from textwrap import shorten
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from to_finetune.errors import UsageError
+from to_finetune.model.subset import select_trainable
+from to_finetune.planning.settings import CannotSay, Workload
+
+aten = torch.ops.aten
+GPU_BLOCK = 512  # bytes; CUDA's allocator rounds up to it
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter, as one GPU would hold it whole.
+
+    Attributes:
+        itemsize: bytes of a number.
+        quantizable: whether bitsandbytes would quantise it: the matrix of a frozen linear layer that is not the head.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    itemsize: int
+    trained: bool
+    quantizable: bool
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a micro-batch takes.
+
+    Attributes:
+        weights: of the model, tied ones once.
+        buffers: of the model, bytes.
+        peak: the most bytes of activations and kept gradients at any moment.
+        flops: of the matrix products and attention, forward, backward and recomputation.
+    """
+
+    weights: tuple[Weight, ...]
+    buffers: int
+    peak: int
+    flops: int
+
+
+class LiveBytes(TorchDispatchMode):
+    """Sums up the storages that live, of those made under it, as an allocator would, and the arithmetic.
+
+    Attributes:
+        live, peak: bytes, now and at most.
+        flops: of matrix products and attention.
+    """
+
+    def __init__(self, existing: Sequence[Tensor] = (), gpu: bool = False) -> None:
+        """existing: tensors that are not counted; gpu: whether to allocate as CUDA does."""
+        super().__init__()
+        self.live = self.peak = self.flops = 0
+        self._gpu = gpu
+        self._existing = [t.untyped_storage() for t in existing]  # kept, so that no other takes their addresses
+        self._known: dict[int, Any] = dict.fromkeys(storage._cdata for storage in self._existing)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if formula := _FLOPS.get(func.overloadpacket):
+            self.flops += formula(*args, **kwargs, out_val=out)
+        for t in tree_iter(out):
+            if isinstance(t, Tensor):
+                self._add(t.untyped_storage())
+        scratch = 0
+        if self._gpu and func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+            scratch = 4 * args[1].numel()  # CUDA's kernels sum the queries' gradient up in float32
+        self.peak = max(self.peak, self.live + scratch)
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._known:
+            size = storage.nbytes()
+            size = -(-size // GPU_BLOCK) * GPU_BLOCK if self._gpu else size
+            self.live += size
+            self._known[key] = weakref.ref(storage, partial(self._free, key, size))
+
+    def _free(self, key: int, size: int, _: Any) -> None:
+        self.live -= size
+        del self._known[key]
+
+
+@lru_cache(maxsize=256)
+def dry_run(work: Workload, passes: str, accumulating: bool) -> DryRun:
+    """One micro-batch, forward and backward.
+
+    Args:
+        work: the micro-batch.
+        passes: a layout, from `Settings.passes`.
+        accumulating: whether the gradients of an earlier micro-batch are there already.
+
+    Raises:
+        UsageError: for a pattern that finds nothing.
+        CannotSay: where the model's operations cannot run without data.
+    """
+    try:
+        with _without_zero3(), FakeTensorMode():
+            return _dry_run(work, passes, accumulating)
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a model's code does that fake tensors cannot
+        reason = shorten(f"{type(error).__name__}: {error}", 300)
+        raise CannotSay(f"{work.model.name}: a training step cannot be run without data ({reason}).") from error
+
+
+def _dry_run(work: Workload, passes: str, accumulating: bool) -> DryRun:
+    sharded = passes != "ddp"
+    model = _model(work, sharded)
+    parameters, buffers = list(model.parameters()), list(model.buffers())
+    trained = [p for p in parameters if p.requires_grad]
+    if passes in ("fsdp2", "zero2"):
+        for p in trained:
+            p.register_post_accumulate_grad_hook(_drop_gradient)  # its shard is counted apart
+    elif accumulating:
+        for p in trained:
+            p.grad = torch.empty_like(p)
+    gradients = [p.grad for p in trained if p.grad is not None]
+    batch = {
+        name: torch.ones(work.rows, work.length, dtype=torch.int64)
+        for name in ("input_ids", "attention_mask", "labels")
+    }
+    autocast = work.mixed_precision and passes in ("ddp", "fsdp2")  # DeepSpeed casts the model instead
+    precision = torch.autocast("cpu", getattr(torch, str(work.mixed_precision))) if autocast else nullcontext()
+    there = [*gradients, *batch.values()]
+    live = LiveBytes([*parameters, *buffers, *there], gpu=work.device != "cpu")
+    live.live = live.peak = sum(t.nbytes for t in there)
+    with _kernels_of(work.device), live:
+        with precision:
+            loss = _loss(model, batch)
+        loss.backward()
+    return DryRun(
+        weights=tuple(_weights(model)),
+        buffers=sum(t.nbytes for t in buffers),
+        peak=live.peak,
+        flops=live.flops,
+    )
+
+
+def _model(work: Workload, sharded: bool) -> Any:
+    """The model as `prepare_model` makes it, or as it computes where the layout shards it; on fake tensors."""
+    attention = work.attention if work.attention in (None, "eager", "sdpa") else _FLASH
+    model = AutoModelForCausalLM.from_config(
+        copy.deepcopy(work.model.config),
+        dtype=getattr(torch, str(work.mixed_precision) if sharded and work.mixed_precision else work.loaded_dtype),
+        attn_implementation=attention,
+        trust_remote_code=work.model.trust_remote_code,
+    )
+    select_trainable(model, work.unfrozen_parameters)
+    if work.mixed_precision and not sharded:
+        for p in model.parameters():
+            if p.requires_grad:
+                p.data = p.data.float()
+    if work.quantization:
+        for module in _quantizable(model):
+            module.forward = partial(_quantized_linear, module, work.quantization == "8bit")
+    model.train()
+    if work.checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
+        model.disable_input_require_grads()  # as `ShortBackward` does
+    return model
+
+
+def _weights(model: nn.Module) -> Iterator[Weight]:
+    quantizable = {id(module.weight) for module in _quantizable(model)}
+    for name, p in model.named_parameters():
+        yield Weight(name, tuple(p.shape), p.element_size(), p.requires_grad, id(p) in quantizable)
+
+
+def _quantizable(model: Any) -> list[Any]:
+    head = model.get_output_embeddings()
+    linear = [module for module in model.modules() if type(module) is nn.Linear and module is not head]
+    return [module for module in linear if not module.weight.requires_grad]
+
+
+def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """As TRL's SFTTrainer computes it: the head in tiles, without the logits of all tokens at once."""
+    try:
+        from trl.trainer.utils import add_fused_lm_head
+    except ImportError:  # an older TRL, which makes all logits
+        return model(**batch, use_cache=False).loss
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    outputs = model(**batch, use_cache=False, fused_lm_head=True)
+    return -outputs.log_probs.sum() / outputs.label_mask.sum()
+
+
+def _drop_gradient(p: Tensor) -> None:
+    p.grad = None
+
+
+@contextmanager
+def _without_zero3() -> Iterator[None]:
+    """In a process that DeepSpeed trains in, Hugging Face would share the weights of this model out as well."""
+    live = hf_deepspeed._hf_deepspeed_config_weak_ref
+    try:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = None
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = live
+
+
+@contextmanager
+def _kernels_of(device: str) -> Iterator[None]:
+    """On a GPU, TRL's head works in place in Triton, where its CPU code makes copies."""
+    try:
+        from trl.kernels import chunked_logprob
+    except ImportError:
+        yield
+        return
+    in_place: dict[str, Any] = dict.fromkeys(("_forward_tile", "_backward_tile"), lambda *args, **kwargs: None)
+    if hasattr(aten.addmm, "dtype_out"):  # torch 2.8; before, TRL makes the copies on a GPU as well
+        in_place["_addmm_fp32"] = lambda acc, a, b: torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
+    before = {name: getattr(chunked_logprob, name) for name in in_place}
+    try:
+        if device != "cpu":
+            vars(chunked_logprob).update(in_place)
+        yield
+    finally:
+        vars(chunked_logprob).update(before)
+
+
+def _flash(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+
+
+# Flash attention keeps what torch's own does, and no mask; it is not installed where a plan is made.
+_FLASH = "to_finetune_maskless"  # a name with "flash" in it would be looked for on the hub
+AttentionInterface.register(_FLASH, _flash)
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    """bitsandbytes' product with a frozen quantised matrix, as far as memory goes; autograd keeps no weight of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, is_int8: bool) -> Tensor:
+        ctx.weight, ctx.x = weight, x if is_int8 else None  # LLM.int8() holds on to the input, though it is not used
+        if is_int8:
+            codes = torch.empty_like(x, dtype=torch.int8)
+            products = x.new_empty(*x.shape[:-1], len(weight), dtype=torch.int32)
+            out = nn.functional.linear(x, weight, bias)
+            del codes, products
+            return out
+        return nn.functional.linear(x, torch.empty_like(weight), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad @ torch.empty_like(ctx.weight, dtype=grad.dtype), None, None, None
+
+
+def _quantized_linear(module: nn.Linear, is_int8: bool, x: Tensor) -> Tensor:
+    return _QuantizedProduct.apply(x, module.weight, module.bias, is_int8)
+
+
+def _addmm_flop(acc: Any, a: Sequence[int], b: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+def _attention_flop(*shapes: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(*shapes[:3])
+
+
+def _attention_backward_flop(*shapes: Any, **kwargs: Any) -> int:
+    return sdpa_backward_flop_count(*shapes[:4])
+
+
+# torch's table, and what it lacks.
+_FLOPS = flop_registry | {
+    aten.addmm: shape_wrapper(_addmm_flop),
+    aten.addmm_: shape_wrapper(_addmm_flop),
+    aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_attention_flop),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_attention_backward_flop),
+}

@@ -1,0 +1,216 @@
+"""What a run holds on each GPU: weights, gradients, state, activations, buffers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from to_finetune.model.select import layer_list, layer_of
+from to_finetune.planning.dry_run import DryRun, Weight, dry_run
+from to_finetune.planning.settings import Settings
+from to_finetune.planning.state import StateBytes, state_bytes
+
+# Assumptions, in bytes and numbers.
+CUDA_CONTEXT = 700_000_000  # the driver's context, cuBLAS' workspace and loaded kernels; varies with GPU and versions
+REDUCE_BUCKET = 500_000_000  # numbers; DeepSpeed's default, taken whole in the backward pass however small the model
+GATHERED = 1_050_000_000  # numbers; how many ZeRO-3 gathers at most: max_live_parameters and the prefetch bucket
+PERSISTENT = 100_000  # numbers; ZeRO-3 keeps smaller tensors whole
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on each GPU (decimal units in print); the largest share where processes hold different ones.
+
+    Attributes:
+        settings: what it is the plan of.
+        total_weights, trained_weights: numbers, over all processes.
+        frozen: the base.
+        trained: the trained weights, with the 32-bit copies that DeepSpeed keeps.
+        gradients: of the trained weights.
+        state: the optimizer's.
+        activations: the most that a step needs beyond the parts above, backward and optimizer included.
+        buffers: the model's own, and what the layout communicates through.
+        context: CUDA's, an assumption.
+        host: in the CPU's memory for each process: offloaded state, or paged state of bitsandbytes.
+        flops_per_token: of one token of one row, forward, backward and recomputation.
+    """
+
+    settings: Settings
+    total_weights: int
+    trained_weights: int
+    frozen: int
+    trained: int
+    gradients: int
+    state: int
+    activations: int
+    buffers: int
+    context: int
+    host: int
+    flops_per_token: float
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak, on each GPU."""
+        return self.frozen + self.trained + self.gradients + self.state + self.activations + self.buffers + self.context
+
+    def fits(self, budget: int) -> bool:
+        """Whether it does with `budget` bytes on each GPU."""
+        return self.total <= budget
+
+
+def plan(settings: Settings) -> Plan:
+    """The memory of a run.
+
+    Raises:
+        UsageError: for a subset that finds nothing.
+        CannotSay: for an optimizer or a model whose needs cannot be worked out without data.
+    """
+    work = settings.work
+    run = dry_run(work, settings.passes, settings.accumulation > 1)
+    trained = [w for w in run.weights if w.trained]
+    state = state_bytes(settings, *_stepped(settings, trained))
+    offloaded = settings.is_offloaded
+    masters = 4 * _share(settings, sum(w.numel for w in trained)) if settings.is_deepspeed else 0
+    gradients = _gradient_bytes(settings, trained)
+    kept = gradients if settings.passes in ("ddp", "zero1") else 0  # they are in the run's peak
+    return Plan(
+        settings=settings,
+        total_weights=sum(w.numel for w in run.weights),
+        trained_weights=sum(w.numel for w in trained),
+        frozen=sum(_frozen_bytes(settings, w) for w in run.weights if not w.trained),
+        trained=_trained_bytes(settings, trained) + (0 if offloaded else masters),
+        gradients=gradients,
+        state=0 if offloaded else state.held - state.paged,
+        activations=max(run.peak - kept, 0 if offloaded else _step_bytes(settings, state, masters)),
+        buffers=run.buffers + _communication_bytes(settings, run, trained),
+        context=CUDA_CONTEXT if work.device != "cpu" else 0,
+        host=_host_bytes(settings, state, masters),
+        flops_per_token=run.flops / (work.rows * work.length),
+    )
+
+
+def _step_bytes(settings: Settings, state: StateBytes, masters: int) -> int:
+    """What the optimizer's step needs; DeepSpeed's has 32-bit gradients, and the bucket's memory back."""
+    if not settings.is_deepspeed:
+        return state.in_step
+    return state.in_step + masters - REDUCE_BUCKET * _loaded_itemsize(settings)
+
+
+def _share(settings: Settings, count: int) -> int:
+    return -(-count // settings.processes)
+
+
+def _rows_share(settings: Settings, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of FSDP2's first shard, the largest."""
+    return (_share(settings, shape[0]), *shape[1:]) if shape else ()
+
+
+def _stepped(settings: Settings, trained: Sequence[Weight]) -> tuple[list[tuple[int, ...]], torch.dtype]:
+    """Shapes and dtype of the weights that this process steps."""
+    if settings.layout == "fsdp2":
+        return [_rows_share(settings, w.shape) for w in trained], _dtype(_trained_itemsize(settings))
+    if not settings.is_deepspeed:
+        return [w.shape for w in trained], _dtype(trained[0].itemsize)
+    shapes, left = list[tuple[int, ...]](), _share(settings, sum(w.numel for w in trained))
+    for w in trained:  # a flat partition, of runs of the weights
+        shapes.append((min(left, w.numel),))
+        left -= shapes[-1][0]
+        if not left:
+            break
+    return shapes, torch.float32
+
+
+def _dtype(itemsize: int) -> torch.dtype:
+    return torch.float32 if itemsize == 4 else torch.bfloat16
+
+
+def _loaded_itemsize(settings: Settings) -> int:
+    work = settings.work
+    name = work.mixed_precision if settings.is_deepspeed and work.mixed_precision else work.loaded_dtype
+    return getattr(torch, name).itemsize
+
+
+def _trained_itemsize(settings: Settings) -> int:
+    """Of the trained weights where they are sharded; FSDP2's are float32 under mixed precision, DeepSpeed's not."""
+    mixed = settings.work.mixed_precision and not settings.is_deepspeed
+    return 4 if mixed else _loaded_itemsize(settings)
+
+
+def _frozen_bytes(settings: Settings, w: Weight) -> int:
+    if settings.work.quantization and w.quantizable:
+        return _quantized_bytes(w, settings.work.quantization)
+    return _held_bytes(settings, w, _loaded_itemsize(settings))
+
+
+def _trained_bytes(settings: Settings, trained: Sequence[Weight]) -> int:
+    return sum(_held_bytes(settings, w, _trained_itemsize(settings)) for w in trained)
+
+
+def _held_bytes(settings: Settings, w: Weight, itemsize: int) -> int:
+    """Of one weight as it lies between steps, `itemsize` where it is sharded."""
+    if settings.layout == "fsdp2":
+        return itemsize * torch.Size(_rows_share(settings, w.shape)).numel()
+    if settings.layout.startswith("zero3"):
+        return itemsize * (_share(settings, w.numel) + (w.numel if w.numel < PERSISTENT else 0))
+    return w.numel * w.itemsize
+
+
+def _quantized_bytes(w: Weight, quantization: str) -> int:
+    """bitsandbytes' int8 with a float32 scale a row, or nf4 with one for 64 numbers and its table of 16 codes."""
+    if quantization == "8bit":
+        return w.numel + 4 * w.shape[0]
+    return -(-w.numel // 2) + 4 * -(-w.numel // 64) + 64
+
+
+def _gradient_bytes(settings: Settings, trained: Sequence[Weight]) -> int:
+    if settings.is_offloaded:
+        return 0
+    if settings.layout == "fsdp2":
+        return _trained_bytes(settings, trained)
+    if settings.layout in ("zero2", "zero3"):
+        return _trained_itemsize(settings) * _share(settings, sum(w.numel for w in trained))
+    return sum(w.numel * w.itemsize for w in trained)
+
+
+def _communication_bytes(settings: Settings, run: DryRun, trained: Sequence[Weight]) -> int:
+    """What the layout holds beside its share of the weights; nothing on one GPU."""
+    itemsize = _loaded_itemsize(settings)
+    if settings.is_deepspeed:
+        gathered = min(GATHERED, sum(w.numel for w in run.weights)) if settings.layout.startswith("zero3") else 0
+        received = max(w.numel for w in trained) if settings.is_offloaded else 0
+        return itemsize * (REDUCE_BUCKET + gathered + received)
+    if settings.processes == 1:
+        return 0
+    if settings.layout == "fsdp2":
+        return _unsharded_bytes(settings, run)
+    return sum(w.numel * w.itemsize for w in trained)  # DDP's buckets
+
+
+def _unsharded_bytes(settings: Settings, run: DryRun) -> int:
+    """At most what FSDP2 has whole: two layers and the buffer they arrive in, gradients and the buffer they leave in.
+
+    The head stays whole from forward to backward.
+    """
+    itemsize = getattr(torch, settings.work.mixed_precision or settings.work.loaded_dtype).itemsize
+    prefix, _ = layer_list({w.name: w.numel for w in run.weights})
+    layers, gradients = Counter[int](), Counter[int]()
+    rest = 0
+    for w in run.weights:
+        layer = layer_of(w.name, prefix)
+        if layer is None:
+            rest = max(rest, w.numel)
+        else:
+            layers[layer] += w.numel
+            gradients[layer] += w.numel * w.trained
+    whole = 3 * max(layers.values(), default=0) + 2 * max(gradients.values(), default=0)
+    return itemsize * (whole + rest)
+
+
+def _host_bytes(settings: Settings, state: StateBytes, masters: int) -> int:
+    """In the CPU's memory: state, 32-bit weights and gradients, and 16-bit ones on their way."""
+    if not settings.is_offloaded:
+        return state.paged
+    return state.held + 2 * masters + masters // 4 * _loaded_itemsize(settings)

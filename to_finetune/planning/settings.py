@@ -1,0 +1,144 @@
+"""What a plan is made for: a model without its weights, what of it trains, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from textwrap import shorten
+from typing import Any, Literal
+
+from torch.optim import Optimizer
+from transformers import AutoConfig, PretrainedConfig
+
+from to_finetune.errors import UsageError, did_you_mean
+from to_finetune.optim import DiagonalTO
+
+# The files of configs/accelerate; one process trains the same way under `ddp`.
+LAYOUTS = ("ddp", "multi_node", "fsdp2", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+
+
+class CannotSay(UsageError):
+    """The plan would be a guess: the optimizer's state or the model's activations cannot be worked out."""
+
+
+@dataclass(frozen=True, eq=False)
+class Blueprint:
+    """A model by its configuration alone."""
+
+    name: str
+    config: PretrainedConfig
+    trust_remote_code: bool = False
+
+
+def load_blueprint(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Blueprint:
+    """The model that a hub name, a folder with a config.json, or such a file describes; weights are not needed.
+
+    Raises:
+        UsageError: when there is none.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"model_name_or_path={name!r}: no model configuration ({shorten(str(error), 200)}). Without a network, "
+            "give a folder with a config.json, or the file itself."
+        ) from error
+    return Blueprint(name, config, trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One micro-batch on one GPU: what activations and arithmetic depend on.
+
+    Attributes:
+        model: from `load_blueprint`.
+        unfrozen_parameters: patterns as `select_trainable` takes them; None trains everything.
+        rows: `per_device_train_batch_size`.
+        length: tokens of a row; every row is taken to be this long.
+        mixed_precision: "bfloat16" or "float16" as with --bf16 and --fp16; the trained weights are then float32.
+        dtype: of the loaded weights; None for that of the mixed precision, else float32.
+        checkpointing: `gradient_checkpointing`.
+        attention: `attn_implementation`.
+        quantization: of the frozen linear layers but the head: bitsandbytes' int8 ("8bit") or nf4 ("4bit").
+        device: "cpu" or a GPU's "cuda", whose kernels need less.
+    """
+
+    model: Blueprint
+    unfrozen_parameters: tuple[str, ...] | None = None
+    rows: int = 8
+    length: int = 1024
+    mixed_precision: Literal["bfloat16", "float16"] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    checkpointing: bool = False
+    attention: str | None = None
+    quantization: Literal["8bit", "4bit"] | None = None
+    device: Literal["cuda", "cpu"] = "cuda"
+
+    @property
+    def loaded_dtype(self) -> str:
+        return self.dtype or self.mixed_precision or "float32"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run, as far as its memory goes.
+
+    Attributes:
+        work: a micro-batch.
+        accumulation: `gradient_accumulation_steps`.
+        optimizer: the class that steps, as `Trainer.get_optimizer_cls_and_kwargs` gives it.
+        optimizer_options: its keyword arguments.
+        layout: one of `LAYOUTS`.
+        processes: GPUs, over all machines.
+        max_steps: optimizer steps in all, which FullTO's state grows with; None if not known.
+    """
+
+    work: Workload
+    accumulation: int = 1
+    optimizer: type[Optimizer] = DiagonalTO
+    optimizer_options: Mapping[str, Any] = field(default_factory=dict)
+    layout: str = "ddp"
+    processes: int = 1
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise UsageError(
+                f"layout={self.layout!r} is not known.{did_you_mean(self.layout, LAYOUTS)} It takes "
+                f"{', '.join(LAYOUTS)}."
+            )
+        if self.work.quantization and self.is_sharded:
+            raise CannotSay(
+                f"A {self.work.quantization} base under {self.layout} cannot be planned; plan it under ddp."
+            )
+        for name, value in (
+            ("per_device_train_batch_size", self.work.rows),
+            ("gradient_accumulation_steps", self.accumulation),
+            ("max_length", self.work.length),
+            ("num_processes", self.processes),
+        ):
+            if value < 1:
+                raise UsageError(f"{name}={value} is not valid: at least 1.")
+
+    @property
+    def is_deepspeed(self) -> bool:
+        return self.layout.startswith("zero")
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.is_deepspeed or self.layout == "fsdp2"
+
+    @property
+    def is_offloaded(self) -> bool:
+        return self.layout.endswith("offload")
+
+    @property
+    def passes(self) -> str:
+        """A layout whose forward and backward pass are the same, one for all that share them."""
+        shared = {"multi_node": "ddp", "zero2_offload": "zero2", "zero3": "zero2", "zero3_offload": "zero2"}
+        return shared.get(self.layout, self.layout)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all processes, padding included."""
+        return self.work.rows * self.work.length * self.accumulation * self.processes
