@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from to_finetune.errors import RunError, UsageError
+from to_finetune.files import whole
 
 TRAINED_WEIGHTS_NAME = "trained.safetensors"
 
@@ -53,9 +54,8 @@ def save_trained(
         base["base_model_revision"] = revision
     path = Path(folder) / TRAINED_WEIGHTS_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    save_file(tensors, beside, metadata={"format": "pt", **base})
-    os.replace(beside, path)
+    with whole(path) as beside:
+        save_file(tensors, beside, metadata={"format": "pt", **base})
     return path
 
 

@@ -3,7 +3,6 @@
 # mypy: disable-error-code="import-untyped"
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
+from to_finetune.files import whole
 from to_finetune.paper.statistics import Curve
 from to_finetune.paper.tables import COMPARED, GROUPS, Results, label
 
@@ -112,11 +112,9 @@ def write(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
     for name, figure in figures.items():
         for ending, metadata in traceless.items():
             path = folder / f"{name}.{ending}"
-            beside = path.with_name(path.name + ".partial")
-            with rc_context(STYLE):
+            with whole(path) as beside, rc_context(STYLE):
                 figure.savefig(beside, format=ending, dpi=DOTS_PER_INCH, metadata=metadata)
             figure.set_layout_engine("none")  # what the first save has laid out stays
-            os.replace(beside, path)
             written.append(path)
     return written
 
