@@ -87,6 +87,13 @@ def select_trainable(model: nn.Module, patterns: Sequence[str] | None) -> Subset
     )
 
 
+def keep_trained_in_float32(model: nn.Module) -> None:
+    """For mixed precision: small updates of 16-bit weights round to nothing; autocast casts these for each use."""
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+
+
 def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)

@@ -76,6 +76,16 @@ class FullTO(TrainableOptimizer):
             self._finish(part, i, w_part.view(p.shape), [b_part.view(p.shape)], error, g_part)
 
 
+def history_is_smaller(n: int, pairs: int) -> bool:
+    """Whether so many pairs of n numbers each are fewer than the matrix's n^2."""
+    return 2 * pairs < n
+
+
+def more_rows(n: int, rows: int) -> int:
+    """How many pairs to make room for once `rows` are taken: doubling, never past where the matrix takes over."""
+    return min(max(8, 2 * rows), (n - 1) // 2)
+
+
 def _slope_times(slope: dict[str, Tensor], w: Tensor) -> Tensor:
     """``A w`` in whichever form the slope is held; zero before the first correction."""
     if "A" in slope:
@@ -92,7 +102,7 @@ def _learn(slope: dict[str, Tensor], correction: Tensor, w: Tensor, dtype: torch
     if "A" not in slope and "pairs" not in slope:
         slope["pairs"] = torch.tensor(0)
         slope["corrections"] = slope["weights"] = w.new_empty(0, n, dtype=dtype)
-    if "A" not in slope and 2 * (int(slope["pairs"]) + 1) >= n:
+    if "A" not in slope and not history_is_smaller(n, int(slope["pairs"]) + 1):
         corrections, weights = _history(slope)
         slope["A"] = -(corrections.mT @ weights)
         for name in ("pairs", "corrections", "weights"):
@@ -102,7 +112,7 @@ def _learn(slope: dict[str, Tensor], correction: Tensor, w: Tensor, dtype: torch
         return
     row = int(slope["pairs"])
     if row == len(slope["weights"]):
-        rows = min(max(8, 2 * row), (n - 1) // 2)  # doubling, but never past the point where the matrix takes over
+        rows = more_rows(n, row)
         for name in ("corrections", "weights"):
             slope[name] = torch.cat([slope[name], w.new_zeros(rows - row, n, dtype=dtype)])
     slope["corrections"][row], slope["weights"][row] = correction, w

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from to_finetune.optim import rules
+from to_finetune.optim.full import history_is_smaller
 from to_finetune.optim.schedules import rates_at
 
 State = tuple[Tensor, ...]
@@ -136,10 +137,10 @@ def _start_rank_one(w: Tensor, steps: int) -> State:
 def _start_full(w: Tensor, steps: int) -> State:
     """b, pairs of (correction, weights), (pairs, n) each, and the matrix that they are folded into when full.
 
-    Where 2 steps < n all pairs are kept and there is no matrix.
+    Where the pairs of all steps are smaller they are kept and there is no matrix.
     """
     members, n = w.shape
-    history = 2 * steps < n
+    history = history_is_smaller(n, steps)
     pairs = steps if history else FOLDED
     slope = w.new_zeros(members, pairs, n), w.new_zeros(members, pairs, n)
     return torch.zeros_like(w), *slope, *(() if history else (w.new_zeros(members, n, n),))

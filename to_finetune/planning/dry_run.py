@@ -27,7 +27,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from to_finetune.errors import UsageError
-from to_finetune.model.subset import select_trainable
+from to_finetune.model.subset import keep_trained_in_float32, select_trainable
 from to_finetune.planning.settings import CannotSay, Workload
 
 aten = torch.ops.aten
@@ -181,9 +181,7 @@ def _model(work: Workload, sharded: bool) -> Any:
     )
     select_trainable(model, work.unfrozen_parameters)
     if work.mixed_precision and not sharded:
-        for p in model.parameters():
-            if p.requires_grad:
-                p.data = p.data.float()
+        keep_trained_in_float32(model)
     if work.quantization:
         for module in _quantizable(model):
             module.forward = partial(_quantized_linear, module, work.quantization == "8bit")

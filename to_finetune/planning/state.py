@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.optim import Optimizer
 
 from to_finetune.optim import FullTO, TrainableOptimizer
+from to_finetune.optim.full import history_is_smaller, more_rows
 from to_finetune.planning.dry_run import LiveBytes
 from to_finetune.planning.settings import CannotSay, Settings
 
@@ -98,12 +99,12 @@ def _slope_numbers(n: int, steps: int | None) -> int:
         return n * n
     rows = 0
     while rows < steps:
-        rows = min(max(8, 2 * rows), (n - 1) // 2)
+        rows = more_rows(n, rows)
     return 2 * rows * n
 
 
 def _has_history(n: int, steps: int | None) -> bool:
-    return steps is not None and 2 * steps < n
+    return steps is not None and history_is_smaller(n, steps)
 
 
 def _tensors(optimizer: Optimizer) -> list[Tensor]:

@@ -12,7 +12,7 @@ from to_finetune.data import load_data
 from to_finetune.data.alpaca import CHAT_TEMPLATE
 from to_finetune.errors import UsageError
 from to_finetune.model import load_model, select_trainable
-from to_finetune.model.subset import Subset
+from to_finetune.model.subset import Subset, keep_trained_in_float32
 from to_finetune.training.arguments import DataArguments, FinetuneArguments, ModelArguments
 from to_finetune.training.trainer import TOSFTTrainer
 
@@ -29,10 +29,7 @@ def prepare_model(model_args: ModelArguments, args: FinetuneArguments) -> tuple[
     )
     subset = select_trainable(model, model_args.unfrozen_parameters)
     if mixed:
-        # Small updates of 16-bit weights round to nothing; autocast casts the float32 ones for each use.
-        for p in model.parameters():
-            if p.requires_grad:
-                p.data = p.data.float()
+        keep_trained_in_float32(model)
     return model, tokenizer, subset
 
 
