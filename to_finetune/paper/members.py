@@ -169,7 +169,7 @@ def _train(
     state = method.start(w.flatten(0, 1), taken_at[-1])
     alive = torch.arange(len(trials), device=w.device)
     losses = w.new_full((seeds, len(trials), len(taken_at)), torch.inf)
-    losses[:, :, 0] = training_loss(problem, w, rows)
+    losses[:, :, 0] = training_loss(problem, start[:, None], rows)  # all trials of a seed start alike
     rates_of = rates(trials * seeds, steps, w)
     l2 = w.new_tensor(problem.l2)  # a number would be compiled into the step
     for i, (taken, until) in enumerate(pairwise(taken_at)):

@@ -123,7 +123,7 @@ def run(
 
     Each finished training is kept as a line of a file in the folder, so that an interrupted run does not repeat it.
     Returns JSON: `case`, `protocol`, `steps` (after which the losses are taken), and for each of the `methods` what
-    `tuning.choose` and `judge` return.
+    `Ledger.compare` returns.
 
     Raises:
         UsageError: for too few images, and where the folder has trainings by another protocol of this name.
@@ -162,19 +162,19 @@ def train_once(depth: int, method: Method, rates: Trial, seed: int, x: Tensor, y
         torch.manual_seed(seed)
         network = resnet(depth, protocol.width).to(x.device)
     optimizer, scheduler = with_schedule(method, network.parameters(), rates, protocol.steps)
-    first = slice(protocol.evaluated_rows)
+    first, taken_at = slice(protocol.evaluated_rows), protocol.points
     found = [training_loss(network, x[first], y[first])]
     for step, batch in enumerate(batch_order(len(y), protocol.batch, protocol.steps, seed).to(x.device), start=1):
         optimizer.zero_grad()
         _loss(network, x[batch], y[batch]).backward()
         optimizer.step()
         scheduler.step()
-        if step in protocol.points:
+        if step in taken_at:
             found.append(training_loss(network, x[first], y[first]))
             if not found[-1] < DIVERGED * found[0]:
                 found[-1] = math.inf
                 break
-    return found + [math.inf] * (len(protocol.points) - len(found))
+    return found + [math.inf] * (len(taken_at) - len(found))
 
 
 def with_schedule(
