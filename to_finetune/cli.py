@@ -1,21 +1,25 @@
-"""`to-finetune`: one verb a job. Each verb is imported when it is called, so that --help is quick."""
+"""`to-finetune VERB ...`: one module of `to_finetune.commands` a verb, imported when it is called: --help is quick."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from to_finetune.errors import RunError, UsageError
+from to_finetune import __version__
+from to_finetune.errors import RunError, UsageError, did_you_mean
+
+VERBS = {
+    "reproduce": "run the paper's experiments, draw its tables and figures",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; returns its exit code: 0 done, 1 a failed run, 2 bad usage."""
-    parser = argparse.ArgumentParser(prog="to-finetune", description="Fine-tune with the Trainable Optimizer.")
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-    reproduce_arguments(verbs.add_parser("reproduce", help="run the paper's experiments, draw its tables and figures"))
-    arguments = parser.parse_args(argv)
+    """Run a verb; returns its exit code: 0 done, 1 a failed run, 2 bad usage, 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        arguments = parse(argv)
         return arguments.run(arguments)
     except KeyboardInterrupt:
         print("interrupted; what is finished is kept", file=sys.stderr)
@@ -25,26 +29,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, UsageError) else 1
 
 
-def reproduce_arguments(parser: argparse.ArgumentParser) -> None:
-    from to_finetune.paper import targets
-
-    parser.description = "Run experiments of the paper and draw its tables and figures. What is finished is kept."
-    parser.epilog = "\n".join(f"  {name:12} {about}" for name, about in targets.ABOUT.items())
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("targets", nargs="+", metavar="TARGET", help="what to reproduce, of those listed below")
-    parser.add_argument("--data_dir", help="a folder with upstream's files; without it the sets are downloaded")
-    parser.add_argument("--output_dir", default="runs/paper", help="where results, tables and figures go (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="a minute's trial of the command on stand-in data")
-    parser.add_argument("--device", default="cpu", help="where the members of a case are trained (%(default)s)")
-    parser.set_defaults(run=reproduce)
-
-
-def reproduce(arguments: argparse.Namespace) -> int:
-    from to_finetune.paper.reproduce import reproduce
-
-    return reproduce(
-        arguments.targets, arguments.data_dir, arguments.output_dir, quick=arguments.quick, device=arguments.device
-    )
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The verb's arguments, its function as ``run``, and those of finetune.py as ``flags`` where it takes them."""
+    parser = argparse.ArgumentParser(prog="to-finetune", description="Fine-tune with the Trainable Optimizer.")
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    asked = argv[0] if argv else ""
+    if asked not in VERBS and asked[:1] not in ("", "-"):
+        raise UsageError(f"{asked!r} is no verb.{did_you_mean(asked, VERBS)} There are {', '.join(VERBS)}.")
+    known = list[str]()
+    for verb, about in VERBS.items():
+        verb_parser = verbs.add_parser(verb, help=about, allow_abbrev=False)
+        if verb == asked:
+            module = import_module(f"to_finetune.commands.{verb}")
+            module.add_arguments(verb_parser)
+            known = list(verb_parser._option_string_actions)
+            verb_parser.set_defaults(run=module.run, takes_flags=getattr(module, "TAKES_FLAGS", False))
+    arguments, flags = parser.parse_known_args(argv)
+    if flags and not arguments.takes_flags:
+        parser.error(f"{asked}: unknown {flags[0]!r}.{did_you_mean(flags[0], known)}")
+    arguments.flags = flags
+    return arguments
 
 
 if __name__ == "__main__":

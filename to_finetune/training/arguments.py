@@ -45,8 +45,30 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Regular expressions; the parameters whose name one of them is found in are trained, all others "
-            "frozen. Default: everything is trained."
+            "frozen. A word that ends in .yaml is a file that lists some, as Spectrum and `to-finetune select` write "
+            "it. Default: everything is trained."
         },
+    )
+    unfrozen_last_layers: int | None = field(
+        default=None, metadata={"help": "Train the last so many decoder layers instead, or only within them."}
+    )
+    unfrozen_modules: list[str] | None = field(
+        default=None, metadata={"help": "Train these modules instead, by their names in the model: q_proj v_proj."}
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Hold the frozen linear layers in 8 bits (bitsandbytes)."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Hold the frozen linear layers in 4 bits, nf4 (bitsandbytes)."}
+    )
+    use_peft: bool = field(
+        default=False, metadata={"help": "Train LoRA adapters (peft) instead of weights of the model."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Their scale, times the rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules that get an adapter: q_proj v_proj, or all-linear. Default: peft's."}
     )
 
 
@@ -54,7 +76,16 @@ class ModelArguments:
 class DataArguments:
     """What the model is trained on."""
 
-    dataset_name: str = field(metadata={"help": "A .json, .jsonl, .csv, .parquet or .txt file, or a hub name."})
+    dataset_name: list[str] = field(
+        metadata={"help": "A .json, .jsonl, .csv, .parquet or .txt file, or a hub name; or several, to be mixed."}
+    )
+    dataset_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "For several: the share of each in what is drawn. Default: all rows of all, shuffled."},
+    )
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Read the rows while training, from the hub or a file; needs --max_steps."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on, e.g. 'train[:2000]'."})
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out data: a file or a hub name."})
@@ -243,7 +274,7 @@ def resolved_config(model: ModelArguments, data: DataArguments, training: Finetu
     """What a run really uses, where it differs from the defaults or was worked out: a recipe that repeats the run."""
     pairs: list[tuple[Any, Any]] = [
         (model, ModelArguments(model_name_or_path="")),
-        (data, DataArguments(dataset_name="")),
+        (data, DataArguments(dataset_name=[""])),
         (training, _Defaults(output_dir="")),
     ]
     always = ("optim", "learning_rate", "max_grad_norm", "bf16", "seed", "max_length")

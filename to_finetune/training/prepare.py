@@ -36,7 +36,7 @@ def prepare_model(model_args: ModelArguments, args: FinetuneArguments) -> tuple[
 def prepare_data(data_args: DataArguments, args: FinetuneArguments, tokenizer: Any) -> tuple[Any, Any]:
     """The training and held-out rows; for chat messages also the template and the masking that they need."""
     train, held_out = load_data(
-        data_args.dataset_name,
+        data_args.dataset_name[0],
         data_args.dataset_config,
         data_args.dataset_train_split,
         data_args.eval_dataset_name,

@@ -1,0 +1,57 @@
+"""`to-finetune` itself: its help, its errors, and how quick it is to say them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from to_finetune.cli import VERBS, main
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_without_torch(verb: str) -> None:
+    """In a process of its own: what it imports must not be there yet. torch is what takes seconds."""
+    code = (
+        "import sys; from to_finetune.cli import main\n"
+        f"try: main([{verb!r}, '--help'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "assert 'torch' not in sys.modules, 'imports torch to show its help'"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert f"usage: to-finetune {verb}" in shown.stdout
+
+
+def test_the_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    assert set(VERBS) <= set(capsys.readouterr().out.split())
+
+
+def test_every_verb_is_a_module() -> None:
+    for verb in VERBS:
+        module = import_module(f"to_finetune.commands.{verb}")
+        assert callable(module.add_arguments)
+        assert callable(module.run)
+
+
+def test_an_unknown_verb_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reprodce"]) == 2
+    assert "'reprodce' is no verb. Did you mean 'reproduce'?" in capsys.readouterr().err
+
+
+def test_no_verb_is_bad_usage() -> None:
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 2
+
+
+def test_an_unknown_flag_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["reproduce", "kdd-convex", "--outptdir", "x"])
+    assert end.value.code == 2
+    assert "unknown '--outptdir'. Did you mean '--output_dir'" in capsys.readouterr().err
