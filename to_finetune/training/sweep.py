@@ -1,0 +1,465 @@
+"""A sweep: one run of `finetune.py` a trial, its values from Optuna, in one folder where a stopped sweep goes on.
+
+Optuna's journal knows the trials and what came of them; the folder of each is a whole run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from to_finetune.errors import RunError, UsageError
+from to_finetune.files import write_whole
+from to_finetune.training.arguments import (
+    ArgumentsElsewhere,
+    DataArguments,
+    FinetuneArguments,
+    ModelArguments,
+    parse_arguments,
+    resolved_config,
+)
+from to_finetune.training.record import last_checkpoint
+from to_finetune.training.search import (
+    Space,
+    as_flags,
+    combinations,
+    design,
+    distribution,
+    extremes,
+    range_ends,
+    search_texts,
+)
+
+try:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+    from optuna.trial import TrialState
+except ImportError as error:
+    raise UsageError('A sweep needs Optuna: pip install "to-finetune[sweep]"') from error
+
+EDGE = 0.05  # a winner nearer than this share of its range to an end may have a better one beyond it
+FAILURES = 3  # in a row, for another reason than divergence, end a sweep
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a sweep that has ended.
+
+    Attributes:
+        number: from 0; a run on another seed has that of the trial that it repeats.
+        values: what it was run with, beside the flags of all.
+        status: "done", "diverged" (its loss was not finite), or "failed" (for another reason).
+        loss: the objective; None unless it is done.
+        first_fifth: the mean training loss of the first fifth of the steps.
+        seconds: of training.
+        folder: of the run, in the sweep's.
+        error: why it did not end well.
+    """
+
+    number: int
+    values: dict[str, Any]
+    status: str
+    loss: float | None
+    first_fifth: float | None
+    seconds: float | None
+    folder: str
+    error: str | None
+
+
+@dataclass
+class Sweep:
+    """Where a sweep stands.
+
+    Attributes:
+        folder: of all of it.
+        flags: of `finetune.py`, that all trials share.
+        args: the settings that they stand for.
+        objective: "eval_loss", the held-out loss at the end, or without held-out data "train_loss_mean".
+        search: what is searched, as it was written: {"learning_rate": "0.0008..0.08"}.
+        planned: trials in all.
+        trials: those that have ended.
+        judged: the best one's values on the judging seeds.
+    """
+
+    folder: Path
+    flags: list[str]
+    args: FinetuneArguments
+    objective: str
+    search: dict[str, str]
+    planned: int
+    trials: list[Trial] = field(default_factory=list)
+    judged: list[Trial] = field(default_factory=list)
+
+    @property
+    def ranking(self) -> list[Trial]:
+        """The best first; those without a loss last."""
+        return sorted(self.trials, key=lambda t: math.inf if t.loss is None else t.loss)
+
+    @property
+    def best(self) -> Trial | None:
+        """The trial with the lowest loss."""
+        return next((trial for trial in self.ranking if trial.loss is not None), None)
+
+    @property
+    def best_flags(self) -> list[str]:
+        """The flags of the best trial's run, but for its folder."""
+        return [*self.flags, *(as_flags(self.best.values, self.args) if self.best else [])]
+
+    def judgement(self) -> tuple[float | None, float | None]:
+        """Mean and standard deviation of the loss over the judging seeds; None for too few."""
+        losses = [trial.loss for trial in self.judged if trial.loss is not None]
+        return (
+            statistics.mean(losses) if losses else None,
+            statistics.stdev(losses) if len(losses) > 1 else None,
+        )
+
+    def loss_at(self, factor: float) -> float | None:
+        """The loss at `factor` times the best learning rate, infinite where that diverges.
+
+        Linear in the logarithm of the rate, between the two nearest trials. None where there is no trial beyond it, and
+        where trials differ in more than the rate.
+        """
+        if self.best is None or list(self.search) != ["learning_rate"]:
+            return None
+        rate = self.best.values["learning_rate"] * factor
+        points = [
+            (trial.values["learning_rate"], math.inf if trial.loss is None else trial.loss)
+            for trial in self.trials
+            if trial.status != "failed"
+        ]
+        x0, y0 = max((point for point in points if point[0] <= rate), default=(0.0, 0.0))
+        x1, y1 = min((point for point in points if point[0] >= rate), default=(0.0, 0.0))
+        if not (x0 and x1):
+            return None
+        if x0 == x1 or math.inf in (y0, y1):
+            return max(y0, y1)
+        return y0 + (y1 - y0) * math.log(rate / x0) / math.log(x1 / x0)
+
+    def edges(self) -> dict[str, str | None]:
+        """The ranges that the best stands at an end of, and what to search next: as wide, around the best.
+
+        None for what `finetune.py` would refuse.
+        """
+        found = dict[str, str | None]()
+        for key, text in self.search.items():
+            ends = range_ends(text)
+            if self.best is None or ends is None:
+                continue
+            value, half = self.best.values[key], math.sqrt(ends[1] / ends[0])
+            place = math.log(value / ends[0]) / math.log(ends[1] / ends[0])
+            if EDGE < place < 1 - EDGE:
+                continue
+            around = [value / half, value * half]
+            if isinstance(value, int):
+                around = [max(1, math.floor(around[0])), math.ceil(around[1])]
+            text = "..".join(f"{end:.3g}" for end in around)
+            try:
+                _check_values({key: distribution(key, text, self.args)}, self.flags, self.args)
+                found[key] = text
+            except UsageError:
+                found[key] = None
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """For sweep.json."""
+        mean, deviation = self.judgement()
+        return {
+            "objective": self.objective,
+            "search": self.search,
+            "planned": self.planned,
+            "best": self.best.number if self.best else None,
+            "best_flags": self.best_flags,
+            "at_an_end_of_its_range": self.edges(),
+            "interpolated_loss_at_a_third_of_the_best_rate": _no_infinity(self.loss_at(1 / 3)),
+            "interpolated_loss_at_three_times_the_best_rate": _no_infinity(self.loss_at(3)),
+            "trials": [asdict(trial) for trial in self.trials],
+            "judged": [asdict(trial) for trial in self.judged],
+            "judged_mean": mean,
+            "judged_standard_deviation": deviation,
+        }
+
+
+def sweep(
+    flags: Sequence[str],
+    search: Sequence[str] = (),
+    trials: int = 12,
+    output_dir: str = "runs/sweep",
+    seeds: Sequence[int] = (),
+    on_line: Callable[[str, str], None] = lambda run, line: None,
+    on_trial: Callable[[Sweep], None] = lambda sweep: None,
+) -> Sweep:
+    """Run `finetune.py` once a trial and find the values with the lowest loss; a sweep that was stopped goes on.
+
+    A single range is tried in an even grid, lists alone in every combination. Otherwise the first half of the trials
+    spreads over the space, and Optuna's TPE chooses the others.
+
+    Args:
+        flags: of `finetune.py`.
+        search: ``"learning_rate=1e-3..1e-1"`` (a range, in log scale) or ``"alpha=0,0.1,0.3"`` (a list), for numbers
+            among the flags and for options of the optimizer. Without any: the learning rate, from a tenth to ten times
+            of that in `flags`.
+        trials: in all; a sweep that is done goes on when they are raised.
+        output_dir: the sweep's folder.
+        seeds: the best is trained on each of them.
+        on_line: is told a run's name and what it has logged.
+        on_trial: is called at the start and whenever a run has ended, with sweep.json up to date.
+
+    Raises:
+        UsageError: for what cannot be searched or run, and for a folder that holds something else.
+        RunError: when no trial has a loss, or several in a row failed for another reason than divergence.
+        KeyboardInterrupt: on Ctrl-C and SIGTERM, once the run has saved its checkpoint.
+    """
+    base = _parse(flags)
+    args = base[2]
+    if trials < 1:
+        raise UsageError(f"trials={trials} is not valid: at least 1.")
+    _check_seeds(seeds)
+    texts = search_texts(search, args)
+    space = {key: distribution(key, text, args) for key, text in texts.items()}
+    _check_values(space, flags, args)
+
+    study = _open(output_dir, {"search": texts, **_settings(base)}, design(space, trials))
+    planned = int(min(trials, combinations(space)))
+    made = Sweep(Path(output_dir), list(flags), args, _objective(base[1]), texts, planned)
+    for frozen in study.get_trials(states=(TrialState.COMPLETE,)):
+        made.trials.append(_ended(made, frozen.number, frozen.params, f"trial-{frozen.number:03d}", frozen.value))
+
+    def tell() -> None:
+        write_whole(made.folder / "sweep.json", json.dumps(made.to_json(), indent=2, ensure_ascii=False) + "\n")
+        on_trial(made)
+
+    tell()
+    failures = 0
+    while len(made.trials) < planned:
+        number, values = _next(study, space, made)
+        trial = _run(made, number, values, f"trial-{number:03d}", on_line)
+        if trial.status != "failed":  # one that failed stays open, and the same command tries it again
+            study.tell(number, math.inf if trial.loss is None else trial.loss)
+        made.trials.append(trial)
+        tell()
+        failures = failures + 1 if trial.status == "failed" else 0
+        if failures == FAILURES:
+            raise RunError(f"{FAILURES} trials in a row failed, {trial.folder} last: {trial.error}")
+    best = made.best
+    if best is None:
+        raise RunError(f"None of {planned} trials has a loss; {made.trials[0].folder}: {made.trials[0].error}")
+    for seed in seeds:
+        values = {**best.values, "seed": seed}
+        if seed == args.seed:  # the trials' own
+            made.judged.append(replace(best, values=values))
+        else:
+            made.judged.append(_run(made, best.number, values, f"trial-{best.number:03d}-seed-{seed}", on_line))
+        tell()
+    return made
+
+
+Arguments = tuple[ModelArguments, DataArguments, FinetuneArguments]
+
+
+def _parse(flags: Sequence[str]) -> Arguments:
+    """As a trial will, but without a device: this process only watches, and leaves the GPU's memory alone."""
+    base = parse_arguments(flags, ArgumentsElsewhere)
+    if base[2].resume_from_checkpoint is not None:
+        raise UsageError("resume_from_checkpoint is not taken here: the same command goes on where the sweep stopped.")
+    return base
+
+
+def _settings(base: Arguments) -> dict[str, Any]:
+    """What a sweep that goes on must share with its beginning."""
+    config = resolved_config(*base)
+    config.pop("output_dir", None)
+    return config
+
+
+def _objective(data: DataArguments) -> str:
+    held_out = data.val_set_size or data.eval_dataset_name or data.dataset_test_split
+    return "eval_loss" if held_out else "train_loss_mean"
+
+
+def _check_seeds(seeds: Sequence[int]) -> None:
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise UsageError(f"seeds: {seed} is not valid: 0 to {2**32 - 1}.")
+        if list(seeds).count(seed) > 1:
+            raise UsageError(f"seeds: {seed} is given twice.")
+
+
+def _check_values(space: Space, flags: Sequence[str], args: FinetuneArguments) -> None:
+    """Parse the flags for the ends of each range and the values of each list, so that no trial is refused later.
+
+    Raises:
+        UsageError: for the first that is refused.
+    """
+    for key, d in space.items():
+        for value in extremes(d):
+            try:
+                _parse([*flags, *as_flags({key: value}, args)])
+            except UsageError as error:
+                raise UsageError(f"search: {key}={value} cannot be run: {error}") from None
+
+
+def _open(output_dir: str, settings: dict[str, Any], first: Sequence[dict[str, Any]]) -> optuna.Study:
+    """The study in the folder, or a new one that begins with the trials `first`.
+
+    Raises:
+        UsageError: when the folder holds another sweep, naming what differs, or something else.
+    """
+    folder, journal = Path(output_dir), Path(output_dir, "sweep.journal")
+    if not journal.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"output_dir={output_dir!r} holds something else than a sweep. Choose a new folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = JournalStorage(JournalFileBackend(str(journal)))
+    study = optuna.create_study(storage=storage, study_name="sweep", load_if_exists=True)
+    settings = json.loads(json.dumps(settings))
+    before = study.user_attrs.get("settings")
+    if before is None:
+        for values in first:
+            study.enqueue_trial(values, skip_if_exists=True)
+        study.set_user_attr("settings", settings)  # last: without it all of this is done again
+    elif before != settings:
+        differing = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
+        raise UsageError(
+            f"output_dir={output_dir!r} holds another sweep: it had "
+            + ", ".join(f"{key}={before.get(key)!r}, now {settings.get(key)!r}" for key in differing)
+            + ". Go on with the same settings, or choose a new folder."
+        )
+    return study
+
+
+def _next(study: optuna.Study, space: Space, made: Sweep) -> tuple[int, dict[str, Any]]:
+    """The number and the values of a trial that has begun and not ended, or of a new one."""
+    tried = {trial.number for trial in made.trials}
+    for frozen in study.get_trials(states=(TrialState.RUNNING,)):
+        if frozen.number not in tried and frozen.params.keys() == space.keys():
+            return frozen.number, frozen.params
+    # Each trial has a seed of its own, so that it is the same wherever the sweep was stopped.
+    study.sampler = optuna.samplers.TPESampler(seed=len(study.trials), n_startup_trials=0)
+    trial = study.ask(dict(space))
+    return trial.number, trial.params
+
+
+def _run(made: Sweep, number: int, values: dict[str, Any], name: str, on_line: Callable[[str, str], None]) -> Trial:
+    """Train in the folder `name`, from its last checkpoint if it has one; what is done there is read.
+
+    Raises:
+        UsageError: when `finetune.py` refuses its flags.
+        KeyboardInterrupt: when this process was told to stop.
+    """
+    folder = made.folder / name
+    if _record(folder).get("status") != "done":
+        words = [*made.flags, *as_flags(values, made.args), "--output_dir", str(folder)]
+        if last_checkpoint(str(folder)):
+            words += ["--resume_from_checkpoint", "true"]
+        elif folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        code = _finetune(words, folder / "log.txt", lambda line: on_line(name, line))
+        if code == 2 and _record(folder).get("status") != "done":
+            raise UsageError(f"{name}: {_last_line(folder).removeprefix('error: ')}")
+    results = _record(folder).get("results", {})
+    return _ended(made, number, values, name, results.get(made.objective))
+
+
+def _ended(made: Sweep, number: int, values: dict[str, Any], name: str, loss: float | None) -> Trial:
+    """A run by its record; one that is told an infinite loss has diverged."""
+    record = _record(made.folder / name)
+    results = record.get("results", {})
+    error = str(record.get("error") or _last_line(made.folder / name))
+    status = "done"
+    if loss is None or loss == math.inf:
+        blown_up = error.startswith("RunError") and ("diverged" in error or "not finite" in error)
+        status, loss = "diverged" if loss == math.inf or blown_up else "failed", None
+    return Trial(
+        number=number,
+        values=dict(values),
+        status=status,
+        loss=loss,
+        first_fifth=results.get("train_loss_first_fifth"),
+        seconds=results.get("train_seconds"),
+        folder=name,
+        error=None if status == "done" else error,
+    )
+
+
+def _finetune(words: Sequence[str], log: Path, on_line: Callable[[str], None]) -> int:
+    """Run `finetune.py` in a process of its own, its output in `log`; returns its exit code.
+
+    With several GPUs it is `to-finetune train`, which uses all of them.
+
+    Raises:
+        KeyboardInterrupt: when this process got Ctrl-C or SIGTERM, which it passes on, once the run has ended.
+    """
+    module = ["to_finetune.cli", "train"] if torch.cuda.device_count() > 1 else ["to_finetune.finetune"]
+    on_line("starts")
+    with (
+        log.open("a", encoding="utf-8") as file,
+        subprocess.Popen(
+            [sys.executable, "-m", *module, *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # Ctrl-C reaches it once, through this process
+        ) as process,
+        _signals_passed_on(process.pid) as received,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            if line.startswith("step "):
+                on_line(line.strip())
+    if received:
+        raise KeyboardInterrupt
+    return process.returncode
+
+
+@contextmanager
+def _signals_passed_on(group: int) -> Iterator[list[int]]:
+    """Passes Ctrl-C and SIGTERM on to a group of processes; yields those that came."""
+    received = list[int]()
+
+    def pass_on(number: int, frame: Any) -> None:
+        received.append(number)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.killpg(group, number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _record(folder: Path) -> Mapping[str, Any]:
+    """The run.json of a run, or nothing."""
+    file = folder / "run.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _last_line(folder: Path) -> str:
+    """Of a run's log: what it ended with."""
+    log = folder / "log.txt"
+    lines = log.read_text(encoding="utf-8").split("\n") if log.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "its folder has no log.txt")
+
+
+def _no_infinity(loss: float | None) -> float | str | None:
+    return "diverges" if loss == math.inf else loss
