@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-CPU_TORCH = "torch==2.13.0"  # tested; where there is a GPU, pip chooses the build
+CPU_TORCH = "torch==2.13.0"  # tested; where there is a GPU, pip chooses the build, and a PIP_CONSTRAINT the version
 
 
 def enter(extra: str) -> None:
@@ -34,7 +34,7 @@ def make(extra: str) -> None:
     if any(stamps[name].exists() and stamps[name].read_text() == wanted for name in good_enough):
         return
     print(f"Setting up {VENV} (once, one to three minutes) ...", flush=True)
-    torch = "torch" if shutil.which("nvidia-smi") else CPU_TORCH
+    torch = "torch" if shutil.which("nvidia-smi") or "PIP_CONSTRAINT" in os.environ else CPU_TORCH
     pip = [str(PYTHON), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     for command in (
         [sys.executable, "-m", "venv", str(VENV)],

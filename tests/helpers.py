@@ -11,12 +11,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from to_finetune.finetune import main
+from to_finetune.model.trained import read_trained
 from to_finetune.training import TOSFTTrainer
 
 WORDS = ["red", "blue", "green", "tree", "house", "river", "stone", "bird", "cloud", "song"]
@@ -113,7 +113,8 @@ class Run:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        return load_file(self.folder / "trained.safetensors")
+        """What it trained, adapters too, as saved."""
+        return read_trained(self.folder)[0]
 
 
 def finetune(output_dir: Path, *more: str, **options: Any) -> Run:

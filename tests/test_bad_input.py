@@ -145,7 +145,8 @@ def test_a_run_that_diverges_fails_and_saves_nothing(
     assert "diverged" in the_error(capsys)
     assert run.record["status"] == "failed"
     assert "diverged" in run.record["error"]
-    assert sorted(file.name for file in run.folder.rglob("*")) == ["config.yaml", "run.json"]
+    assert not [file.name for file in run.folder.rglob("*") if file.suffix in (".safetensors", ".bin", ".pt")]
+    assert "diverged" in (run.folder / "report.html").read_text()
 
 
 def test_one_pattern_needs_no_list(finetune: Finetune, tmp_path: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from to_finetune import DiagonalTO
+from to_finetune.cli import VERBS, main
 from to_finetune.training.arguments import parse_arguments
 from to_finetune.training.proofs import unwrapped
 
@@ -68,3 +73,25 @@ def test_the_readme_has_every_row_of_the_papers_tables() -> None:
         rows = [line for line in (results / f"{name}.md").read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
         assert len(rows) > 4
         assert [row for row in rows if row not in README] == []
+
+
+def test_the_whole_road_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands one after the other, as they stand there."""
+    block = next(block for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL) if "generate" in block)
+    commands = [shlex.split(line) for line in block.replace("\\\n", " ").split("$ ")[1:]]
+    assert {words[1] for words in commands[1:]} == VERBS.keys() - {
+        "reproduce"
+    }  # which has a section, and tests, of its own
+    monkeypatch.chdir(tmp_path)
+    for folder in ("configs", "scripts"):
+        os.symlink(ROOT / folder, tmp_path / folder)
+    subprocess.run([sys.executable, *commands[0][1:]], check=True, capture_output=True)
+    for words in commands[1:]:
+        if words[1] == "train":  # becomes the launcher's process
+            subprocess.run([sys.executable, "-m", "to_finetune.cli", *words[1:]], check=True, capture_output=True)
+        else:
+            assert main(words[1:]) == 0, shlex.join(words)
+    for made in ("subset.yaml", "both.html", "mine/report.html", "mine/hub/README.md", "merged/model.safetensors"):
+        assert (tmp_path / "runs" / made).stat().st_size
+    for made in ("mine/trained.safetensors", "lora/adapter_model.safetensors", "sweep/sweep.json"):
+        assert (tmp_path / "runs" / made).stat().st_size

@@ -17,8 +17,8 @@ from torch.nn.functional import cross_entropy
 
 from to_finetune.model import load_finetuned, load_model
 
+from .data.rows import PROMPT_NO_INPUT, PROMPT_WITH_INPUT
 from .helpers import Run
-from .test_data import PROMPT_NO_INPUT, PROMPT_WITH_INPUT
 
 DATA = Path(os.environ.get("TO_FINETUNE_DATA", ""))
 BATCH, STEPS, LENGTH = 8, 20, 256

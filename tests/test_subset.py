@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from to_finetune.errors import UsageError
 from to_finetune.model import select_trainable
+from to_finetune.model.select import chosen_patterns
 
 from .helpers import LAYER_WEIGHTS, Run, assert_same_bits
 
@@ -109,6 +110,49 @@ def test_a_tied_head_is_trained_and_loaded_again(
     assert list(run.weights) == ["model.embed_tokens.weight"]
     model, _ = load_finetuned(run.folder)
     assert_same_bits(dict(model.named_parameters()), dict(run.trainer.model.named_parameters()))
+
+
+def test_the_three_flags_come_to_patterns(model: PreTrainedModel, tmp_path: Path) -> None:
+    """And those to the weights that are meant."""
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    file = tmp_path / "spectrum.yaml"
+    file.write_text("unfrozen_parameters:\n- ^lm_head.weight$\n- model.layers.1.mlp.up_proj\n")
+    up = of_layers(0, 1, 2, 3, parts=["mlp.up_proj"])
+    for flags, names in (
+        ((["layers.1."], None, None), of_layers(1)),
+        (([str(file)], None, None), {"lm_head.weight", *of_layers(1, parts=["mlp.up_proj"])}),
+        ((["norm.weight", str(file)], None, None), None),
+        ((None, 2, None), of_layers(2, 3)),
+        ((None, None, ["up_proj"]), up),
+        ((None, 1, ["up_proj"]), of_layers(3, parts=["mlp.up_proj"])),
+    ):
+        patterns = chosen_patterns(sizes, *flags)
+        assert patterns is not None
+        subset = select_trainable(model, patterns)
+        if names is None:
+            assert patterns == ["norm.weight", "^lm_head.weight$", "model.layers.1.mlp.up_proj"]
+        else:
+            assert set(subset.names) == names
+    assert chosen_patterns(sizes, None, None, None) is None
+
+
+@pytest.mark.parametrize(("last", "types"), [(1, None), (None, ["mlp"]), (1, ["mlp"])])
+def test_two_ways_to_say_what_trains_are_one_too_many(last: int | None, types: list[str] | None) -> None:
+    with pytest.raises(UsageError, match=r"unfrozen_parameters and unfrozen_\w+ both say what trains: use one way"):
+        chosen_patterns({"model.layers.0.mlp.weight": 1}, ["mlp"], last, types)
+
+
+def test_the_flags_train_what_they_say(finetune: Callable[..., Run], tmp_path: Path) -> None:
+    """In a whole run, as one regular expression would, bit for bit; and config.yaml has them."""
+    flags = {"unfrozen_parameters": None, "unfrozen_modules": ["up_proj", "self_attn"], "unfrozen_last_layers": 2}
+    run = finetune(tmp_path / "flags", **flags)
+    assert run.code == 0
+    parts = [part for part in PROJECTIONS if part.startswith("self_attn") or part == "mlp.up_proj"]
+    assert run.weights.keys() == of_layers(2, 3, parts=parts)
+    same = finetune(tmp_path / "regex", unfrozen_parameters=[r"layers\.[23]\.(self_attn|mlp\.up_proj)"])
+    assert_same_bits(run.weights, same.weights)
+    config = (run.folder / "config.yaml").read_text()
+    assert "unfrozen_last_layers: 2" in config
 
 
 @pytest.mark.parametrize("patterns", [["layers.9"], ["layers.3", "layers.9"], ["("], []])

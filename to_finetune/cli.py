@@ -11,6 +11,16 @@ from to_finetune import __version__
 from to_finetune.errors import RunError, UsageError, did_you_mean
 
 VERBS = {
+    "train": "fine-tune a model, through accelerate, with the right number of processes",
+    "plan": "memory, time and cost of a run, before it starts",
+    "select": "choose what trains, and see it",
+    "preview": "see prepared examples, token by token",
+    "sweep": "find the rates, one run a trial",
+    "report": "a page of one run, or of several side by side",
+    "merge": "a run's trained part and its base as an ordinary model",
+    "generate": "answers before and after, or a chat in the terminal",
+    "evaluate": "held-out loss and perplexity, or lm-evaluation-harness's tasks",
+    "push": "a run to the hub, with its model card",
     "reproduce": "run the paper's experiments, draw its tables and figures",
 }
 

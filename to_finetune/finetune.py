@@ -18,7 +18,9 @@ from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback
 
 from to_finetune.data import check_labels, preview
+from to_finetune.data.prompts import prompt_form
 from to_finetune.errors import RunError, UsageError
+from to_finetune.report.page import write_report
 from to_finetune.report.plot import plot_losses
 from to_finetune.training.arguments import (
     DataArguments,
@@ -29,9 +31,11 @@ from to_finetune.training.arguments import (
 )
 from to_finetune.training.callbacks import SaveOnSignal, StopOnNonFinite, TerminalLines, TerminalProgress
 from to_finetune.training.launch import check_processes
-from to_finetune.training.prepare import prepare_data, prepare_model, prepare_trainer
+from to_finetune.training.memory import RunMemory
+from to_finetune.training.prepare import data_report, prepare_data, prepare_model, prepare_trainer
 from to_finetune.training.proofs import check_saved
 from to_finetune.training.record import RunRecord, last_checkpoint, resume_point, summarise
+from to_finetune.training.traces import SampleAnswers, SlopeTrace, write_parameters
 from to_finetune.training.trainer import TOSFTTrainer
 
 
@@ -64,36 +68,49 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     console.rule(f"to_finetune  {args.optim}  {args.world_size} process(es) on {args.device.type}", align="left")
     console.print(Syntax(yaml.safe_dump(record.config, sort_keys=False), "yaml", background_color="default"))
 
+    memory = RunMemory(args.device)
+    record.values["memory"] = memory.values
+    if args.should_save:
+        console.print(memory.plan(model_args, args))
+    args.distributed_state.wait_for_everyone()  # for process 0, whose error is the one that is shown
     model, tokenizer, subset = prepare_model(model_args, args)
     console.print(subset.table())
     train_dataset, eval_dataset = prepare_data(data_args, args, tokenizer)
+    record.values.update(
+        prompt_form=prompt_form(next(iter(train_dataset))),
+        subset={"tensors": len(subset.names), "weights": subset.weights, "total_weights": subset.total_weights},
+    )
     trainer = prepare_trainer(model, tokenizer, args, train_dataset, eval_dataset)
     check_labels(trainer.train_dataset, args.max_length)
-    console.print(preview(trainer.train_dataset, tokenizer))
+    console.print(data_report(trainer), preview(trainer.train_dataset, tokenizer))
 
     signals = SaveOnSignal()
     for hf_callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(hf_callback)
     progress = TerminalProgress() if sys.stderr.isatty() else TerminalLines()
-    for callback in (progress, StopOnNonFinite(), signals):
+    for callback in (progress, StopOnNonFinite(), signals, memory):
         trainer.add_callback(callback)
+    samples = SampleAnswers(trainer, record.folder)
+    trainer.add_callback(SlopeTrace(record.folder))
     if args.should_save:
         record.begin()
+        write_parameters(trainer.model, record.folder)
     try:
+        if args.should_save:
+            samples.take("before")
         trainer.train(resume_from_checkpoint=resume)
         if signals.received:
-            return interrupted(record, signals, console, args)
+            return interrupted(trainer, record, signals, console)
         results = finish(trainer, args)
-    except BaseException as error:
         if args.should_save:
-            record.update(status="failed", error=f"{type(error).__name__}: {error}", proofs=trainer.engagement.proofs)
+            samples.take("after")
+    except BaseException as error:
+        conclude(trainer, record, status="failed", error=f"{type(error).__name__}: {error}")
         raise
     finally:
         signals.restore()
-    if args.should_save:
-        record.update(status="done", results=results, proofs=trainer.engagement.proofs)
-        plot_losses({args.optim: trainer.state.log_history}, record.folder / "loss.png", title=str(record.folder))
-    console.print(summary(results, record))
+    conclude(trainer, record, status="done", results=results)
+    console.print(summary({**results, "memory": memory.in_words()}, record))
     atexit.register(args.distributed_state.destroy_process_group)
     return 0
 
@@ -104,7 +121,6 @@ def finish(trainer: TOSFTTrainer, args: FinetuneArguments) -> dict[str, Any]:
     if trainer.eval_dataset is not None and not any("eval_loss" in row and row["step"] == step for row in history):
         trainer.evaluate()
     trainer.save_model()
-    trainer.save_state()
     if trainer.is_partly_frozen():
         trained = trainer.trained_tensors()
         if args.should_save:
@@ -112,13 +128,24 @@ def finish(trainer: TOSFTTrainer, args: FinetuneArguments) -> dict[str, Any]:
     return {**summarise(history), "processes": args.world_size}
 
 
-def interrupted(record: RunRecord, signals: SaveOnSignal, console: Console, args: FinetuneArguments) -> int:
+def conclude(trainer: TOSFTTrainer, record: RunRecord, **outcome: Any) -> None:
+    """Write down how the run ended, and draw its curves and its page; on process 0."""
+    if not trainer.args.should_save:
+        return
+    history = trainer.state.log_history
+    trainer.save_state()
+    record.update(**{"results": summarise(history), "proofs": trainer.engagement.proofs, **outcome})
+    plot_losses({trainer.args.optim: history}, record.folder / "loss.png", title=str(record.folder))
+    write_report([record.folder], record.folder / "report.html")
+
+
+def interrupted(trainer: TOSFTTrainer, record: RunRecord, signals: SaveOnSignal, console: Console) -> int:
     """Say where the run can go on from; returns the shell's exit code for the signal."""
     assert signals.received is not None
-    last = last_checkpoint(args.output_dir)
-    if args.should_save:
-        record.update(status="interrupted", checkpoint=last)
+    last = last_checkpoint(str(record.folder))
+    conclude(trainer, record, status="interrupted", checkpoint=last)
     console.print(f"{signals.received.name}: saved {last}. Go on with --resume_from_checkpoint true.", markup=False)
+    trainer.args.distributed_state.wait_for_everyone()  # torchrun ends all others when the first one leaves
     return 128 + signals.received
 
 
@@ -130,7 +157,8 @@ def summary(results: dict[str, Any], record: RunRecord) -> Table:
     for name, value in results.items():
         if value is not None:
             table.add_row(name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
-    for file in ("trained.safetensors", "run.json", "config.yaml", "loss.png"):
+    weights = ("trained.safetensors", "adapter_model.safetensors")
+    for file in (*weights, "run.json", "config.yaml", "loss.png", "report.html"):
         if (record.folder / file).exists():
             table.add_row(file.split(".")[0], Text(str(record.folder / file)))
     return table

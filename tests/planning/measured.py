@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from to_finetune.model import select_trainable
+from to_finetune.model.adapters import lora_config, with_adapters
 from to_finetune.planning import Workload
 
 
@@ -40,7 +41,11 @@ def real_model(work: Workload) -> Any:
         dtype=getattr(torch, work.loaded_dtype),
         attn_implementation=work.attention,
     )
-    select_trainable(model, work.unfrozen_parameters)
+    if work.lora:
+        targets = work.lora.targets and list(work.lora.targets)
+        model = with_adapters(model, lora_config(work.lora.rank, 32, work.lora.dropout, targets))
+    else:
+        select_trainable(model, work.unfrozen_parameters)
     if work.mixed_precision:
         for p in model.parameters():
             if p.requires_grad:
@@ -48,7 +53,8 @@ def real_model(work: Workload) -> Any:
     if work.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    base = model.get_base_model() if work.lora else model
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     return model.train()
 
 
@@ -72,6 +78,20 @@ def quantize(model: Any, quantization: str) -> None:
 
 def trained_parameters(model: Any) -> list[Tensor]:
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def bytes_of(optimizer: torch.optim.Optimizer) -> int:
+    """Of the state, tensors that parameters share once."""
+    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+def base_bytes(model: nn.Module) -> int:
+    """Of the frozen weights, with the scales and the codes of bitsandbytes."""
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    nf4 = [p.quant_state for p in frozen if getattr(p, "quant_state", None)]
+    int8 = [module.state.SCB for module in model.modules() if hasattr(getattr(module, "state", None), "SCB")]
+    return sum(t.nbytes for t in (*frozen, *(t for q in nf4 for t in (q.absmax, q.code)), *int8))
 
 
 def take_gradients(model: Any, work: Workload) -> Callable[[], None]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
 
-from to_finetune.optim import DiagonalTO
-from to_finetune.planning import Blueprint, Settings, Workload, plan
+from to_finetune.planning import Blueprint, Lora, Settings, Workload, plan
 from to_finetune.planning.dry_run import dry_run
 from to_finetune.planning.state import state_bytes
+from to_finetune.training.plan import parse_for_plan, settings_of
+from to_finetune.training.proofs import unwrapped
 
-from .measured import allocated_at_most, quantize, real_model, take_gradients, trained_parameters
+from ..helpers import flags
+from .measured import allocated_at_most, base_bytes, bytes_of, quantize, real_model, take_gradients, trained_parameters
 
 PROMISED = 0.15  # of the measured peak; what is asserted is tighter
 SUBSETS = {"last two": (r"layers\.(4|5)\.",), "q and v": (r"[qv]_proj",), "all": None}
@@ -89,6 +92,20 @@ def test_holds_for_a_quantized_base(
     assert_close(*planned_and_measured(replace(work, quantization=quantization)))
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"mixed_precision": "bfloat16", "rows": 1},
+        {"dtype": "bfloat16", "rows": 1, "checkpointing": True},
+        {"lora": Lora(8, ("all-linear",))},
+    ],
+    ids=str,
+)
+def test_holds_for_adapters(small: Blueprint, narrow_head: None, changed: dict[str, Any]) -> None:
+    work = Workload(small, rows=2, length=64, lora=Lora(16, ("q_proj", "v_proj"), dropout=0.05), device="cpu")
+    assert_close(*planned_and_measured(replace(work, **changed)))
+
+
 def test_counts_the_gradients_of_earlier_micro_batches(small: Blueprint, narrow_head: None) -> None:
     work = Workload(small, None, rows=1, length=64, checkpointing=True, device="cpu")
     assert_close(*planned_and_measured(work, accumulation=4))
@@ -110,9 +127,22 @@ def test_a_frozen_bottom_keeps_nothing(small: Blueprint) -> None:
     assert more == pytest.approx(6 * (2 * layer + 4 * 256 * 256))  # forward: weights, and attention over 256 tokens
 
 
-def test_is_what_a_step_of_our_trainer_allocates(finetune: Any, tmp_path: Any) -> None:
-    """The Trainer's whole step, forward to optimizer, of the tiny Llama that the other tests fine-tune."""
-    trainer = finetune(tmp_path, max_steps=2).trainer
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"unfrozen_last_layers": 1},
+        {"load_in_4bit": True, "unfrozen_last_layers": 1},
+        {"load_in_4bit": True, "use_peft": True, "lora_r": 4},
+        {"load_in_8bit": True, "use_peft": True, "lora_r": 4},
+    ],
+    ids=str,
+)
+def test_is_what_a_run_takes(
+    finetune: Any, llama: Path, tmp_path: Path, narrow_head: None, options: dict[str, Any]
+) -> None:
+    """Weights and state to the byte; and the Trainer's whole step, forward to optimizer."""
+    options = {"unfrozen_parameters": None, "gradient_accumulation_steps": 1, **options}
+    trainer = finetune(tmp_path, max_steps=2, **options).trainer
     batch = next(iter(trainer.get_train_dataloader()))
     optimizer = trainer.optimizer
     optimizer.zero_grad()
@@ -123,10 +153,15 @@ def test_is_what_a_step_of_our_trainer_allocates(finetune: Any, tmp_path: Any) -
 
     measured = allocated_at_most(step)
     rows, length = batch["input_ids"].shape
-    base = Blueprint("llama", trainer.model.config)
-    work = Workload(base, (r"layers\.3\.",), rows=rows, length=length, device="cpu")
-    planned = plan(Settings(work, optimizer=DiagonalTO))
+    shape = {"use_cpu": True, "per_device_train_batch_size": rows, "max_length": length}
+    settings = settings_of(*parse_for_plan(flags(model_name_or_path=llama, **shape, **options)))
+    planned = plan(settings)
     assert_close(planned.activations + planned.gradients, measured, tolerance=0.05)
+    trained = trained_parameters(trainer.model)
+    assert planned.trained_weights == sum(p.numel() for p in trained)
+    assert planned.trained == planned.gradients == planned.saved == sum(p.nbytes for p in trained)
+    assert planned.frozen == base_bytes(trainer.model)
+    assert planned.state == bytes_of(unwrapped(optimizer))
 
 
 @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)

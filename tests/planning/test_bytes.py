@@ -16,19 +16,13 @@ from to_finetune.planning.dry_run import dry_run
 from to_finetune.planning.memory import _quantized_bytes
 from to_finetune.planning.state import state_bytes
 
-from .measured import real_model, trained_parameters
+from .measured import bytes_of, real_model, trained_parameters
 
 SUBSET = (r"layers\.2\.",)
 
 
 def work_of(base: Blueprint, **changed: Any) -> Workload:
     return Workload(base, **{"unfrozen_parameters": SUBSET, "rows": 1, "length": 8, "device": "cpu", **changed})
-
-
-def bytes_of(optimizer: torch.optim.Optimizer) -> int:
-    """Of the state, tensors that parameters share once."""
-    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
 
 
 def real_state_bytes(parameters: Sequence[Tensor], optimizer: type[Any], options: dict[str, Any], steps: int) -> int:

@@ -39,7 +39,7 @@ def six_layers(llama_7b: Blueprint) -> Blueprint:
 
 @pytest.fixture(scope="module")
 def recipe(llama_7b: Blueprint) -> Settings:
-    """configs/recipes/llama-7b-alpaca.yaml."""
+    """configs/recipes/llama-7b-last2.yaml."""
     work = Workload(
         llama_7b, LAST_TWO, rows=8, length=512, mixed_precision="bfloat16", checkpointing=True, attention=None
     )

@@ -1,4 +1,4 @@
-"""What the model is trained on: files and hub sets, the Alpaca prompt, a look at one example."""
+"""What the model is trained on: files and hub sets, the Alpaca prompt, a look at the prepared rows."""
 
 from to_finetune.data.alpaca import alpaca_prompt
 from to_finetune.data.load import load_data

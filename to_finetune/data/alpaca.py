@@ -8,10 +8,12 @@ REQUEST = "Write a response that appropriately completes the request."
 # For base models: turns in Alpaca's headings. The generation markers tell TRL which tokens are the assistant's.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+    "{% if message['role'] in ['system', 'developer'] %}{{ message['content'] + '\\n\\n' }}"
     "{% elif message['role'] == 'user' %}{{ '### Instruction:\\n' + message['content'] + '\\n\\n### Response:\\n' }}"
-    "{% else %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
-    "{% if not loop.last %}{{ '\\n\\n' }}{% endif %}{% endif %}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% if not loop.last %}{{ '\\n\\n' }}{% endif %}"
+    "{% else %}{{ raise_exception('Alpaca\\'s headings have no place for the role ' + message['role']) }}{% endif %}"
     "{% endfor %}"
 )
 

@@ -1,15 +1,20 @@
-"""A file or a hub set as rows that TRL can prepare: prompt/completion, chat messages, or plain text."""
+"""Files and hub sets as rows to train on and rows to hold out."""
 
 from __future__ import annotations
 
+import csv
+from collections import Counter
+from collections.abc import Sequence
+from glob import glob, has_magic
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, NamedTuple
 
-from datasets import Dataset, DatasetDict, Value, load_dataset
+from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from to_finetune.data.alpaca import alpaca_prompt
+from to_finetune.data.formats import Rows, Standard, standard
+from to_finetune.data.mixture import check_weights, hold_out, mix, read_all, same_form
 from to_finetune.errors import UsageError, did_you_mean
 
 BUILDERS = {
@@ -19,127 +24,164 @@ BUILDERS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-SPLIT_SEED = 42  # the held-out rows are the same for every --seed
-FORMATS = (
-    "{instruction, input, output}, {prompt, completion}, {messages}, {conversations} or {text}"  # what users may bring
-)
-ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+
+
+class Data(NamedTuple):
+    """What a run is trained and evaluated on.
+
+    Attributes:
+        train: rows to train on.
+        held_out: rows to evaluate on.
+        form: that of both, of `to_finetune.data.formats`.
+        notes: what was left out, in a sentence each.
+    """
+
+    train: Rows
+    held_out: Dataset | None
+    form: str
+    notes: list[str]
 
 
 def load_data(
-    dataset_name: str,
-    config: str | None = None,
+    names: Sequence[str],
     split: str = "train",
-    eval_dataset_name: str | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    streaming: bool = False,
+    config: str | None = None,
+    eval_name: str | None = None,
     eval_split: str | None = None,
     val_set_size: float = 0.0,
-) -> tuple[Dataset, Dataset | None]:
-    """The training rows, and the held-out ones where there are any.
+    text_column: str = "text",
+    seed: int = 42,
+) -> Data:
+    """Read one or several sets as rows that TRL can prepare.
 
     Args:
-        dataset_name: a .json, .jsonl, .csv, .parquet or .txt file, or a hub name.
-        config: configuration of a hub set.
+        names: of .json, .jsonl, .csv, .parquet and .txt files, patterns (``data/*.jsonl``) and folders of them, or
+            of hub sets.
         split: the split to train on; ``"train[:100]"`` takes a part.
-        eval_dataset_name: held-out data, named in the same way.
+        weights: the share of each set in what is drawn; see `mix`.
+        streaming: read the rows to train on when they are asked for, without end.
+        config: configuration of the hub sets.
+        eval_name: held-out data, named in the same way.
         eval_split: the split to evaluate on.
-        val_set_size: rows (or, below 1, the share) of the training data to hold out instead.
+        val_set_size: rows (or, below 1, the share) of the training data to hold out instead; see `hold_out`.
+        text_column: where plain text is.
+        seed: of what is drawn and shuffled where there are several sets.
 
     Raises:
-        UsageError: for data that is missing, malformed, empty, or in columns that are not known.
+        UsageError: for data that are missing, malformed, empty, in columns that are not known, or do not go together.
     """
-    train = _load(dataset_name, config, split)
-    if eval_dataset_name or eval_split:
-        name = eval_dataset_name or dataset_name
-        return train, _load(name, config, eval_split or ("train" if _is_file(name) else "test"))
-    if val_set_size:
-        try:
-            held_out = val_set_size if val_set_size < 1 else int(val_set_size)
-            parts = train.train_test_split(test_size=held_out, seed=SPLIT_SEED)
-        except ValueError:
-            raise UsageError(
-                f"val_set_size={val_set_size:g} is not valid: a number or a share of the {len(train)} rows, which "
-                "leaves some to train on."
-            ) from None
-        return parts["train"], parts["test"]
-    return train, None
+    check_weights(names, weights, streaming)
+    if config and all(_is_local(name) for name in (*names, eval_name) if name):
+        raise UsageError(f"dataset_config={config!r} is of a hub set; dataset_name={' '.join(names)!r} names none.")
+
+    def read(flag: str, name: str, split: str) -> Standard:
+        source = f"{flag}={name!r}"
+        return standard(source, _read(source, name, split, config, streaming), text_column)
+
+    sets = [read("dataset_name", name, split) for name in names]
+    same_form(sets)
+    notes = [f"{one.source}: not read are the columns {', '.join(one.unread)}." for one in sets if one.unread]
+    rows: list[Rows] = [one.rows for one in sets]
+    held_out = None
+    if eval_name or eval_split:
+        flag, eval_names = ("eval_dataset_name", [eval_name]) if eval_name else ("dataset_name", list(names))
+        eval_sets = [read(flag, name, eval_split or default_eval_split(name)) for name in eval_names]
+        same_form([*sets, *eval_sets])
+        held_out = concatenate_datasets([read_all(one.rows) for one in eval_sets])
+        if not streaming and (known := _also_in(held_out, rows)):
+            notes.append(f"{known:,} of the {len(held_out):,} held-out rows are trained on as well.")
+    elif val_set_size:
+        rows, held_out = hold_out(rows, val_set_size, weights)
+    train, drawn = mix(rows, weights, seed)
+    for one, used, there in zip(sets, drawn, rows, strict=False):
+        notes.append(f"{one.source}: {used:,} of {len(there):,} rows are drawn.")
+    return Data(train, held_out, sets[0].form, notes)
 
 
-def _is_file(name: str) -> bool:
-    return Path(name).suffix.lower() in BUILDERS
+def _is_local(name: str) -> bool:
+    """Whether it names a file, a folder of them, or as a pattern several."""
+    return Path(name).suffix.lower() in BUILDERS or has_magic(name) or Path(name).is_dir()
 
 
-def _load(name: str, config: str | None, split: str) -> Dataset:
-    path = _existing(name) if _is_file(name) else None
+def default_eval_split(name: str) -> str:
+    """The split to evaluate on where none is named: a file has one, a hub set its test split."""
+    return "train" if _is_local(name) else "test"
+
+
+def _also_in(held_out: Dataset, train: Sequence[Rows]) -> int:
+    """How many of the held-out rows are among those to train on."""
+    rows = Counter(map(repr, held_out))
+    return sum(rows.pop(repr(row), 0) for part in train for row in part)
+
+
+def _read(source: str, name: str, split: str, config: str | None, streaming: bool) -> Rows:
+    """The rows as they are written, at least one."""
+    if streaming and "[" in split:
+        raise UsageError(f"{source}: a stream has no parts such as {split!r}; name a whole split.")
+    options: dict[str, Any] = {"split": split, "streaming": streaming}
+    where, kind = (name, config), None
     try:
-        if path:
-            rows = load_dataset(BUILDERS[path.suffix.lower()], data_files=str(path), split=split)
-        else:
-            rows = load_dataset(name, config, split=split)
+        if _is_local(name):
+            files = _existing(source, name)
+            kind = _only_kind(source, files)
+            if kind == "csv":
+                options |= _as_text(files[0])
+            if not Path(name).is_dir():
+                where, options["data_files"] = (kind, None), [str(file) for file in files]
+        rows = load_dataset(*where, **options)
+        if kind == "text":
+            rows = rows.filter(_is_not_blank)  # such lines part paragraphs; as rows they would teach silence
+        if next(iter(rows), None) is None:
+            raise UsageError(f"{source} is empty.")
+        return rows
+    except UsageError:
+        raise
     except DatasetGenerationError as error:
         reason = error.__cause__ or error
-        raise UsageError(f"dataset_name={name!r} is malformed: {shorten(str(reason), 400)}") from error
+        raise UsageError(f"{source} is malformed: {shorten(str(reason), 400)}") from error
     except (OSError, ValueError) as error:
-        raise UsageError(f"dataset_name={name!r} cannot be loaded: {shorten(str(error), 400)}") from error
-    if isinstance(rows, DatasetDict):
-        raise UsageError(f"dataset_name={name!r}: name one split, of {', '.join(rows)}.")
-    if len(rows) == 0:
-        raise UsageError(f"dataset_name={name!r} is empty.")
-    return _standard_columns(rows, name)
+        raise UsageError(f"{source} cannot be loaded: {shorten(str(error), 400)}") from error
 
 
-def _existing(name: str) -> Path:
+def _as_text(file: Path) -> dict[str, Any]:
+    """Options of a CSV file whose cells are text as they stand: 007 and None are no number and no empty cell."""
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        columns = next(csv.reader(lines))
+    return {"features": Features({column: Value("string") for column in columns}), "keep_default_na": False}
+
+
+def _is_not_blank(row: dict[str, str]) -> bool:
+    return not row["text"].isspace() and row["text"] != ""
+
+
+def _existing(source: str, name: str) -> list[Path]:
+    """The file of that name, or those that a pattern finds or a folder holds."""
     path = Path(name)
-    if not path.is_file():
-        files = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UsageError(f"dataset_name={name!r}: no such file.{did_you_mean(str(path), files)}")
-    if path.stat().st_size == 0:
-        raise UsageError(f"dataset_name={name!r} is empty.")
-    return path
+    if has_magic(name) or path.is_dir():
+        found = map(Path, glob(name, recursive=True)) if has_magic(name) else path.rglob("*")
+        files = sorted(file for file in found if file.suffix.lower() in BUILDERS)
+        if not files:
+            raise UsageError(f"{source} finds no file that ends in {', '.join(BUILDERS)}.")
+    else:
+        files = [path]
+        if not path.is_file():
+            siblings = map(str, path.parent.iterdir()) if path.parent.is_dir() else []
+            raise UsageError(f"{source}: no such file.{did_you_mean(name, siblings)}")
+    for file in files:
+        if file.stat().st_size == 0:
+            raise UsageError(f"{source} is empty." if len(files) == 1 else f"{source}: {str(file)!r} is empty.")
+    return files
 
 
-def _standard_columns(rows: Dataset, name: str) -> Dataset:
-    """Only the columns that TRL reads; Alpaca's three become prompt and completion, conversations messages."""
-    columns = set(rows.column_names)
-    if {"instruction", "output"} <= columns:
-        return rows.map(_alpaca_row, remove_columns=rows.column_names, desc="Alpaca prompts")
-    for chat in ("messages", "conversations"):
-        if chat in columns:
-            return rows.map(_chat_row, fn_kwargs={"column": chat, "name": name}, remove_columns=rows.column_names)
-    for known in (["prompt", "completion"], ["text"]):
-        if columns.issuperset(known):
-            rows = rows.select_columns(known)
-            for column in known:
-                if isinstance(rows.features[column], Value):  # a CSV file's numbers; map() alone would not change them
-                    rows = rows.cast_column(column, Value("string"))
-            return rows.map(_text_row)
-    raise UsageError(f"dataset_name={name!r} has the columns {', '.join(rows.column_names)}; needed: {FORMATS}.")
-
-
-def _alpaca_row(row: dict[str, Any]) -> dict[str, str]:
-    prompt = alpaca_prompt(_text(row["instruction"]), _text(row.get("input")))
-    return {"prompt": prompt, "completion": _text(row["output"])}
-
-
-def _chat_row(row: dict[str, Any], column: str, name: str) -> dict[str, Any]:
-    try:
-        return {"messages": [_message(turn) for turn in row[column]]}
-    except (TypeError, KeyError, AttributeError):
+def _only_kind(source: str, files: Sequence[Path]) -> str:
+    """The builder of all `files`: of several kinds `datasets` would read the commonest and drop the rest."""
+    endings = sorted({file.suffix.lower() for file in files})
+    builders = {BUILDERS[ending] for ending in endings}
+    if len(builders) > 1:
         raise UsageError(
-            f"dataset_name={name!r} is malformed: {column} must be a list of {{role, content}} or of {{from, value}}, "
-            f"not {shorten(repr(row[column]), 100)}."
-        ) from None
-
-
-def _message(turn: dict[str, Any]) -> dict[str, Any]:
-    if turn.get("from"):  # as ShareGPT has it
-        turn = {"role": turn["from"], "content": turn["value"]}
-    return {**turn, "role": ROLES.get(turn["role"], turn["role"])}
-
-
-def _text_row(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: "" if value is None else value for key, value in row.items()}
-
-
-def _text(value: Any) -> str:
-    """A cell as text: a CSV file's numbers, and its empty cells."""
-    return "" if value is None else str(value)
+            f"{source} holds files of several kinds ({', '.join(endings)}): name those of one, as in 'folder/*.jsonl'."
+        )
+    return builders.pop()

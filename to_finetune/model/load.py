@@ -3,67 +3,174 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
+from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations import deepspeed as hf_deepspeed
 
 from to_finetune.errors import UsageError, did_you_mean
-from to_finetune.model.trained import load_trained, read_trained
+from to_finetune.model.adapters import with_adapters
+from to_finetune.model.quantized import Quantization, keep_bits_still, quantize_frozen
+from to_finetune.model.trained import adapter_config, holds_adapters, load_trained, read_trained
+
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 def load_model(
     model_name_or_path: str,
     revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantization_config: BitsAndBytesConfig | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, from a folder or the hub.
 
+    Args:
+        dtype: of the weights; "auto" for the one that they are stored in.
+        quantization_config: of `quantize_frozen`; None to load the weights as they are.
+
     Raises:
-        UsageError: when there is no such model, in one sentence.
+        UsageError: when there is no such model, or it cannot have that attention, in one sentence.
     """
-    _check_folder(model_name_or_path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_name_or_path, revision=revision, trust_remote_code=trust_remote_code
-        )
+    tokenizer = load_tokenizer(model_name_or_path, revision, trust_remote_code)
+    # None would stand before what a base that is stored quantised says of itself.
+    quantized = {} if quantization_config is None else {"quantization_config": quantization_config}
+    with _in_one_sentence(model_name_or_path, attn_implementation):
         model = AutoModelForCausalLM.from_pretrained(
             model_name_or_path,
             revision=revision,
             dtype=dtype,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
+            **quantized,
         )
-    except (OSError, ValueError) as error:
-        reason = shorten(str(error), 400)
-        raise UsageError(
-            f"model_name_or_path={model_name_or_path!r} cannot be loaded as a causal language model: {reason}"
-        ) from error
-    if tokenizer.eos_token is None:
-        raise UsageError(f"model_name_or_path={model_name_or_path!r}: its tokenizer has no end-of-sequence token.")
+    if getattr(model, "is_quantized", False):
+        keep_bits_still(model)
     return model, tokenizer
 
 
+def load_tokenizer(
+    model_name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, alone.
+
+    Raises:
+        UsageError: when there is none, or it has no end-of-sequence token.
+    """
+    with _in_one_sentence(model_name_or_path, None):
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_name_or_path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    if tokenizer.eos_token is None:
+        raise UsageError(f"model_name_or_path={model_name_or_path!r}: its tokenizer has no end-of-sequence token.")
+    return tokenizer
+
+
+def without_weights(
+    model_name_or_path: str,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model on the meta device: its names and shapes, in no time and no memory.
+
+    Raises:
+        UsageError: as `load_model`.
+    """
+    with _in_one_sentence(model_name_or_path, attn_implementation), _without_zero3(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(model_name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        )
+
+
 def load_finetuned(
-    folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The fine-tuned model of a run or of one of its checkpoints: the base, with the trained tensors on it.
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    quantization: Quantization | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The fine-tuned model of a run or of one of its checkpoints: the base, with the trained part on it.
+
+    Args:
+        dtype: of the weights, the trained ones too, but that adapters are float32; "auto" for the base's own.
+        quantization: of what did not train; None for none, also where the run had one.
+
+    Returns:
+        The base's class, of a run with adapters peft's `PeftModel` around it; and the run's tokenizer.
 
     Raises:
         UsageError: when the folder holds no trained weights, or the base is not there.
     """
-    _, base = read_trained(folder)
-    model, tokenizer = load_model(base.model_name_or_path, base.revision, dtype)
+    model, tokenizer = load_base(folder, dtype, quantization, trust_remote_code)
     load_trained(model, folder)
-    if (Path(folder) / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
     return model, tokenizer
 
 
-def _check_folder(name: str) -> None:
+def load_base(
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
+    quantization: Quantization | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """What `load_finetuned` loads, before the trained part is put on it: adapters are as new and do nothing."""
+    tensors, base = read_trained(folder)
+    quantization_config = None
+    if quantization is not None:
+        skeleton = without_weights(*base, trust_remote_code=trust_remote_code)
+        for name, p in skeleton.named_parameters():
+            p.requires_grad_(name in tensors)
+        quantization_config = quantize_frozen(quantization, skeleton, skeleton.dtype if dtype == "auto" else dtype)
+    model, tokenizer = load_model(*base, dtype, None, trust_remote_code, quantization_config)
+    if holds_adapters(folder):
+        model = with_adapters(model, adapter_config(folder))
+    if (Path(folder) / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return model, tokenizer
+
+
+@contextmanager
+def _in_one_sentence(name: str, attn_implementation: str | None) -> Iterator[None]:
+    """Turn what Hugging Face raises while it loads the model into a `UsageError`."""
+    check_folder(name)
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        reason = shorten(str(error), 400)
+        if attn_implementation and re.search("attn_implementation|attention|kernels", reason, re.IGNORECASE):
+            near = did_you_mean(attn_implementation, ATTENTION)
+            raise UsageError(f"attn_implementation={attn_implementation!r} cannot be had.{near} {reason}") from error
+        raise UsageError(
+            f"model_name_or_path={name!r} cannot be loaded as a causal language model: {reason}"
+        ) from error
+
+
+@contextmanager
+def _without_zero3() -> Iterator[None]:
+    """Where DeepSpeed shares out the weights of models that are made, not those of one without weights."""
+    live = hf_deepspeed._hf_deepspeed_config_weak_ref
+    try:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = None
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = live
+
+
+def check_folder(name: str) -> None:
     """Refuse a path that holds no model, before Hugging Face takes it for a name on the hub."""
     path = Path(name)
     if path.is_dir():

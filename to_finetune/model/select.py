@@ -30,6 +30,31 @@ from to_finetune.files import write_whole
 Progress = Callable[[int, int, str], None]  # matrices done, matrices in all, the last one's name
 
 
+def chosen_patterns(
+    sizes: Mapping[str, int], parameters: Sequence[str] | None, last: int | None, types: Sequence[str] | None
+) -> list[str] | None:
+    """The patterns of `select_trainable` for the three flags that say what trains; None where none of them does.
+
+    Args:
+        sizes: the number of weights of each of the model's parameters, by name.
+        parameters: `unfrozen_parameters`: regular expressions, or YAML files of such (see `read_yaml`).
+        last: `unfrozen_last_layers`.
+        types: `unfrozen_modules`, as in `modules`.
+
+    Raises:
+        UsageError: for regular expressions beside the others, and for what `read_yaml`, `last_layers` and `modules`
+            refuse.
+    """
+    if parameters is not None and (last is not None or types is not None):
+        other = "unfrozen_last_layers" if last is not None else "unfrozen_modules"
+        raise UsageError(f"unfrozen_parameters and {other} both say what trains: use one way.")
+    if parameters is not None:
+        return [p for word in parameters for p in (read_yaml(word) if word.endswith((".yaml", ".yml")) else [word])]
+    if types is not None:
+        return modules(sizes, types, last)
+    return last_layers(sizes, last) if last is not None else None
+
+
 def last_layers(sizes: Mapping[str, int], n: int) -> list[str]:
     """The pattern of all weights of the last `n` decoder layers.
 
@@ -253,6 +278,18 @@ def write_yaml(path: str | os.PathLike[str], scored: Sequence[ScoredTensor], sha
     for module in dict.fromkeys(tensor.module for tensor in scored):
         lines.append(f"# {module} layers")
         lines += [f"- ^{t.name}$  # {t.snr:.4g}" for t in scored if t.module == module and t.chosen]
+    _write_lines(path, lines)
+
+
+def write_names(path: str | os.PathLike[str], names: Sequence[str], about: str) -> None:
+    """Write a subset by the names of its parameters in the same form, below the comment `about`.
+
+    axolotl takes a dot in a pattern for itself, and a backslash before one for a backslash.
+    """
+    _write_lines(path, [f"# {about}", "unfrozen_parameters:", *(f"- ^{name}$" for name in names)])
+
+
+def _write_lines(path: str | os.PathLike[str], lines: Sequence[str]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "\n".join(lines) + "\n")

@@ -55,7 +55,8 @@ def select_trainable(model: nn.Module, patterns: Sequence[str] | None) -> Subset
     the shared tensor. None trains everything.
 
     Raises:
-        UsageError: for a pattern that is no regular expression, or that finds nothing (with the nearest names).
+        UsageError: for a pattern that is no regular expression, that finds nothing (with the nearest names), or that
+            finds a quantised weight.
     """
     # Tied names (an output head that shares the embedding) lead to one tensor, counted once.
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -74,6 +75,12 @@ def select_trainable(model: nn.Module, patterns: Sequence[str] | None) -> Subset
                 f"unfrozen_parameters: {pattern!r} is found in none of the {len(parameters)} parameter names."
                 f"{did_you_mean(plain, parameters)} The names run from {next(iter(parameters))!r} "
                 f"to {list(parameters)[-1]!r}."
+            )
+        quantised = [n for n, p in parameters.items() if id(p) in found and not p.is_floating_point()]
+        if quantised:
+            raise UsageError(
+                f"unfrozen_parameters: {pattern!r} finds {quantised[0]!r}, which is quantised and cannot be trained; "
+                "take a base in full precision."
             )
         matches.append(Match(pattern, len(found), sum(sizes[i] for i in found)))
         trained |= found

@@ -1,13 +1,21 @@
-"""The trained tensors on disk: one safetensors file that names the base model which they belong to."""
+"""The trained tensors on disk, with the name of the base model that they belong to.
+
+Weights of the base are in one file, trained.safetensors; adapters in the two that peft writes.
+"""
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from textwrap import shorten
 from typing import NamedTuple
 
 import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,20 +34,47 @@ class Base(NamedTuple):
     revision: str | None
 
 
-def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of `model` that require a gradient, as they are."""
-    return {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+def holds_trained(folder: str | os.PathLike[str]) -> bool:
+    """Whether `folder` holds what `save_trained` writes."""
+    return Path(folder, TRAINED_WEIGHTS_NAME).is_file() or holds_adapters(folder)
+
+
+def holds_adapters(folder: str | os.PathLike[str]) -> bool:
+    """Whether `folder` holds peft's adapters."""
+    return Path(folder, SAFETENSORS_WEIGHTS_NAME).is_file()
+
+
+def trained_tensors(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What trains, as it is, under the names that it is saved by: the parameters', those of adapters without "default".
+
+    Args:
+        weights: by the parameters' names, where the model holds pieces of them only; None for the parameters of
+            `model` that require a gradient.
+    """
+    if weights is None:
+        weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.detach().contiguous() for name, p in _as_saved(model, weights).items()}
+
+
+def parameter_names(model: nn.Module) -> dict[str, str]:
+    """The names that parameters are saved by, and their names in `model`."""
+    parameters = dict(model.named_parameters())
+    names = {id(p): name for name, p in parameters.items()}
+    return {saved: names[id(p)] for saved, p in _as_saved(model, parameters).items()}
 
 
 def save_trained(
-    model: PreTrainedModel, folder: str | os.PathLike[str], tensors: Mapping[str, Tensor] | None = None
+    model: PreTrainedModel | PeftModel, folder: str | os.PathLike[str], tensors: Mapping[str, Tensor] | None = None
 ) -> Path:
-    """Write the trained tensors of `model` to `folder`/trained.safetensors, in one rename.
+    """Write the trained tensors of `model` to one file in `folder`, in one rename; beside adapters peft's description.
 
     Args:
         model: says which base they belong to.
         folder: made if it is not there.
-        tensors: by name, where the model holds pieces of them only; None for those that `trained_tensors` finds.
+        tensors: of `trained_tensors`, where the model holds pieces of them only.
+
+    Returns:
+        The file: trained.safetensors, or peft's adapter_model.safetensors.
 
     Raises:
         RunError: when a weight is not finite: the last good file is left in place.
@@ -48,35 +83,42 @@ def save_trained(
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise RunError(f"{len(broken)} trained tensors are not finite, {broken[0]} first; not saved. Lower the rates.")
-    base = {"base_model_name_or_path": model.config._name_or_path}
-    revision = getattr(model.config, "_commit_hash", None)
-    if revision:
-        base["base_model_revision"] = revision
-    path = Path(folder) / TRAINED_WEIGHTS_NAME
+    path = Path(folder, SAFETENSORS_WEIGHTS_NAME if isinstance(model, PeftModel) else TRAINED_WEIGHTS_NAME)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as beside:
-        save_file(tensors, beside, metadata={"format": "pt", **base})
+    metadata = {"format": "pt"}
+    if isinstance(model, PeftModel):
+        config = copy.copy(model.active_peft_config)
+        config.inference_mode = True  # as peft saves it
+        with TemporaryDirectory(dir=path.parent) as beside:
+            config.save_pretrained(beside)
+            os.replace(Path(beside, CONFIG_NAME), path.with_name(CONFIG_NAME))
+    else:
+        metadata["base_model_name_or_path"] = model.config._name_or_path
+        if revision := getattr(model.config, "_commit_hash", None):
+            metadata["base_model_revision"] = revision
+    with whole(path) as partial:
+        save_file(tensors, partial, metadata=metadata)
     return path
 
 
 def load_trained(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
-    """Copy the tensors that `save_trained` wrote onto `model`, in its own dtype; returns their names.
+    """Copy the tensors that `save_trained` wrote onto `model`, in its own dtype; returns the names they are saved by.
 
     Raises:
         UsageError: for a missing or damaged file, and for a tensor that does not fit the model.
     """
     parameters = dict(model.named_parameters())
+    names = parameter_names(model)
     tensors = read_trained(folder)[0]
     for name, tensor in tensors.items():
-        if name not in parameters:
+        if name not in names:
             raise UsageError(f"{folder}: {name!r} is no parameter of this {type(model).__name__}: another base model?")
-        if parameters[name].shape != tensor.shape:
-            raise UsageError(
-                f"{folder}: {name!r} has shape {tuple(tensor.shape)}, the model's {tuple(parameters[name].shape)}."
-            )
+        shape = parameters[names[name]].shape
+        if shape != tensor.shape:
+            raise UsageError(f"{folder}: {name!r} has shape {tuple(tensor.shape)}, the model's {tuple(shape)}.")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
+            parameters[names[name]].copy_(tensor)
     return list(tensors)
 
 
@@ -86,13 +128,38 @@ def read_trained(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Bas
     Raises:
         UsageError: for a missing or damaged file.
     """
-    path = Path(folder) / TRAINED_WEIGHTS_NAME
+    path = Path(folder, SAFETENSORS_WEIGHTS_NAME if holds_adapters(folder) else TRAINED_WEIGHTS_NAME)
     if not path.is_file():
-        raise UsageError(f"{folder} holds no {TRAINED_WEIGHTS_NAME}.")
+        raise UsageError(f"{folder} holds no {TRAINED_WEIGHTS_NAME}, nor peft's {SAFETENSORS_WEIGHTS_NAME}.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
     except SafetensorError as error:
         raise UsageError(f"{path} is damaged: {error}.") from None
-    return tensors, Base(metadata["base_model_name_or_path"], metadata.get("base_model_revision"))
+    if path.name == TRAINED_WEIGHTS_NAME:
+        return tensors, Base(metadata["base_model_name_or_path"], metadata.get("base_model_revision"))
+    config = adapter_config(folder)
+    return tensors, Base(str(config.base_model_name_or_path), config.revision)
+
+
+def adapter_config(folder: str | os.PathLike[str]) -> PeftConfig:
+    """What peft's file says about the adapters in `folder`.
+
+    Raises:
+        UsageError: for a missing or damaged file.
+    """
+    path = Path(folder, CONFIG_NAME)
+    if not path.is_file():
+        raise UsageError(f"{folder} holds no {CONFIG_NAME}, which says what the adapters are of.")
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{path} is damaged: {shorten(str(error), 200)}.") from None
+
+
+def _as_saved(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors`, by their names in `model`, under the names that they are saved by; of adapters those alone."""
+    if not isinstance(model, PeftModel):
+        return dict(tensors)
+    return get_peft_model_state_dict(model, dict(tensors), model.active_adapter, save_embedding_layers=False)

@@ -68,6 +68,13 @@ def read(state: dict[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
+def read_at(state: dict[str, Tensor], name: str, index: Tensor, first: int) -> Tensor:
+    """Some of a member's numbers, float32: those at the flat `index`; `first` is the member's own, as in `Member`."""
+    x = state[name].reshape(-1)[index].float()
+    exponents = state.get(exponents_name(name))
+    return x if exponents is None else x * x.abs() * _power(exponents[(first % BLOCK + index) // BLOCK].int())
+
+
 def write_(
     target: Tensor,
     value: Tensor,

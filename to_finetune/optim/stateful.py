@@ -154,7 +154,7 @@ class StatefulOptimizer(Optimizer, ABC):
         """
         by_tensor = {p: name for name, p in parameters.items()}
         names = []
-        for group, known in zip(self.param_groups, self._given, strict=True):
+        for group, known in zip(self._groups, self._given, strict=True):  # DeepSpeed drops empty ones of param_groups
             for i, ref in enumerate(known.refs):
                 here = [p for p in (ref(), *group["params"][i : i + 1]) if p is not None and p in by_tensor]
                 if not here:

@@ -18,17 +18,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from to_finetune.errors import UsageError
+from to_finetune.model.adapters import lora_config, with_adapters
 from to_finetune.model.subset import keep_trained_in_float32, select_trainable
-from to_finetune.planning.settings import CannotSay, Workload
+from to_finetune.planning.settings import Blueprint, CannotSay, Lora, Workload
 
 aten = torch.ops.aten
 GPU_BLOCK = 512  # bytes; CUDA's allocator rounds up to it
@@ -137,6 +138,21 @@ def dry_run(work: Workload, passes: str, accumulating: bool) -> DryRun:
         raise CannotSay(f"{work.model.name}: a training step cannot be run without data ({reason}).") from error
 
 
+def skeleton(model: Blueprint) -> PreTrainedModel:
+    """The model on the meta device: its names and shapes.
+
+    Raises:
+        UsageError: for a configuration that is not a causal language model's.
+    """
+    try:
+        with _without_zero3(), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                copy.deepcopy(model.config), trust_remote_code=model.trust_remote_code
+            )
+    except ValueError as error:
+        raise UsageError(f"{model.name} is no causal language model: {shorten(str(error), 300)}") from error
+
+
 def _dry_run(work: Workload, passes: str, accumulating: bool) -> DryRun:
     sharded = passes != "ddp"
     model = _model(work, sharded)
@@ -173,13 +189,17 @@ def _dry_run(work: Workload, passes: str, accumulating: bool) -> DryRun:
 def _model(work: Workload, sharded: bool) -> Any:
     """The model as `prepare_model` makes it, or as it computes where the layout shards it; on fake tensors."""
     attention = work.attention if work.attention in (None, "eager", "sdpa") else _FLASH
+    computing = getattr(torch, work.mixed_precision) if sharded and work.mixed_precision else None
     model = AutoModelForCausalLM.from_config(
         copy.deepcopy(work.model.config),
-        dtype=getattr(torch, str(work.mixed_precision) if sharded and work.mixed_precision else work.loaded_dtype),
+        dtype=computing or getattr(torch, work.loaded_dtype),
         attn_implementation=attention,
         trust_remote_code=work.model.trust_remote_code,
     )
-    select_trainable(model, work.unfrozen_parameters)
+    if work.lora:
+        model = _with_adapters(model, work.lora, computing or torch.float32)
+    else:
+        select_trainable(model, work.unfrozen_parameters)
     if work.mixed_precision and not sharded:
         keep_trained_in_float32(model)
     if work.quantization:
@@ -192,6 +212,18 @@ def _model(work: Workload, sharded: bool) -> Any:
     return model
 
 
+def _with_adapters(model: nn.Module, lora: Lora, dtype: torch.dtype) -> Any:
+    """As a run makes them; peft cannot move fake tensors, so it makes them on the meta device."""
+    targets = lora.targets and list(lora.targets)
+    with unset_fake_temporarily(), torch.device("meta"):
+        adapted = with_adapters(model, lora_config(lora.rank, lora.rank, lora.dropout, targets))
+    for module in adapted.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.is_meta:
+                module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=dtype))
+    return adapted
+
+
 def _weights(model: nn.Module) -> Iterator[Weight]:
     quantizable = {id(module.weight) for module in _quantizable(model)}
     for name, p in model.named_parameters():
@@ -201,7 +233,7 @@ def _weights(model: nn.Module) -> Iterator[Weight]:
 def _quantizable(model: Any) -> list[Any]:
     head = model.get_output_embeddings()
     linear = [module for module in model.modules() if type(module) is nn.Linear and module is not head]
-    return [module for module in linear if not module.weight.requires_grad]
+    return [module for module in linear if not any(p.requires_grad for p in module.parameters(recurse=False))]
 
 
 def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -210,7 +242,8 @@ def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
         from trl.trainer.utils import add_fused_lm_head
     except ImportError:  # an older TRL, which makes all logits
         return model(**batch, use_cache=False).loss
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    headed = model.get_base_model() if hasattr(model, "peft_config") else model
+    add_fused_lm_head(headed, outputs=("log_probs", "entropy", "is_top1"))
     outputs = model(**batch, use_cache=False, fused_lm_head=True)
     return -outputs.log_probs.sum() / outputs.label_mask.sum()
 

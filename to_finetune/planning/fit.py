@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from to_finetune.model.select import last_layers, layer_list
+from to_finetune.errors import UsageError
+from to_finetune.model.select import last_layers, layer_list, modules
 from to_finetune.optim import TrainableOptimizer
 from to_finetune.planning.dry_run import dry_run
 from to_finetune.planning.memory import Plan, plan
@@ -27,20 +29,40 @@ class Proposal:
     plan: Plan
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How last layers are said.
+
+    Attributes:
+        modules: only these of each layer, as `unfrozen_modules` has them; None for whole layers.
+        as_patterns: for `--unfrozen_parameters`, in place of those of a recipe; else for `--unfrozen_last_layers`.
+    """
+
+    modules: tuple[str, ...] | None = None
+    as_patterns: bool = False
+
+    def last(self, sizes: Mapping[str, int], count: int) -> list[str]:
+        """The patterns of the last `count` layers."""
+        return last_layers(sizes, count) if self.modules is None else modules(sizes, self.modules, count)
+
+
+WHOLE_LAYERS = Choice()
+
 Level = tuple[str, Settings]  # a change in words, and the settings with it
 Change = Callable[[Settings], list[Level]]  # its levels, from mild to strong; none where it does not apply
 
 
-def proposals(settings: Settings, budget: int) -> list[Proposal]:
+def proposals(settings: Settings, budget: int, choice: Choice = WHOLE_LAYERS) -> list[Proposal]:
     """What fits in `budget` bytes a GPU: the nearest setting that trains the same weights, and one of fewer layers."""
-    layers = pick_subset(settings, budget)
-    if layers is not None and layers.plan.trained_weights >= plan(settings).trained_weights:
-        layers = None
-    found = [proposal for proposal in (nearest(settings, budget), layers) if proposal is not None]
-    if not found and (last := pick_subset(_strongest(settings, CHANGES), budget)):
-        words = [text for text, _ in _all_strongest(settings, CHANGES)]
-        found = [Proposal((*words, *last.changes), last.plan)]
-    return found
+    found = [nearest(settings, budget)]
+    if settings.work.lora is None:
+        with suppress(UsageError):  # modules outside of the layers
+            layers = pick_subset(settings, budget, choice)
+            if layers and layers.plan.trained_weights < plan(settings).trained_weights:
+                found.append(layers)
+            elif found == [None]:
+                found.append(_last_resort(settings, budget, choice))
+    return [proposal for proposal in found if proposal is not None]
 
 
 def nearest(settings: Settings, budget: int) -> Proposal | None:
@@ -52,31 +74,49 @@ def nearest(settings: Settings, budget: int) -> Proposal | None:
     return None
 
 
-def pick_subset(settings: Settings, budget: int) -> Proposal | None:
+def pick_subset(settings: Settings, budget: int, choice: Choice = WHOLE_LAYERS) -> Proposal | None:
     """Everything, or as many of the last layers as fit in `budget` bytes a GPU; None where not even one does.
 
     The plan's `settings.work.unfrozen_parameters` are the patterns.
+
+    Raises:
+        UsageError: for a choice of modules that the last layers do not have.
     """
-
-    def of(patterns: tuple[str, ...] | None) -> Plan:
-        return plan(replace(settings, work=replace(settings.work, unfrozen_parameters=patterns)))
-
-    everything = of(None)
-    if everything.fits(budget):
-        return Proposal(("no --unfrozen_parameters",), everything)
-    run = dry_run(settings.work, settings.passes, settings.accumulation > 1)
-    sizes = {w.name: w.numel for w in run.weights}
+    if choice.modules is None and settings.work.quantization is None:  # which leaves nothing to quantise
+        everything = plan(_training(settings, None))
+        if everything.fits(budget):
+            return Proposal(("--unfrozen_parameters .*",) if choice.as_patterns else (), everything)
+    sizes = _sizes(settings)
     fitting: Proposal | None = None
     low, high = 0, len(layer_list(sizes)[1])
     while low < high:
         count = (low + high + 1) // 2
-        patterns = last_layers(sizes, count)
-        candidate = of(tuple(patterns))
+        patterns = choice.last(sizes, count)
+        candidate = plan(_training(settings, patterns))
         if candidate.fits(budget):
-            low, fitting = count, Proposal((f"--unfrozen_parameters {shlex.join(patterns)}",), candidate)
+            flag = f"parameters {shlex.join(patterns)}" if choice.as_patterns else f"last_layers {count}"
+            low, fitting = count, Proposal((f"--unfrozen_{flag}",), candidate)
         else:
             high = count - 1
     return fitting
+
+
+def _last_resort(settings: Settings, budget: int, choice: Choice) -> Proposal | None:
+    """The last layers that fit with all of `CHANGES` at their strongest."""
+    few = _training(settings, choice.last(_sizes(settings), 1))
+    last = pick_subset(_strongest(few, CHANGES), budget, choice)
+    words = [text for text, _ in _all_strongest(few, CHANGES)]
+    return last and Proposal((*words, *last.changes), last.plan)
+
+
+def _training(settings: Settings, patterns: Sequence[str] | None) -> Settings:
+    unfrozen = None if patterns is None else tuple(patterns)
+    return replace(settings, work=replace(settings.work, unfrozen_parameters=unfrozen))
+
+
+def _sizes(settings: Settings) -> dict[str, int]:
+    run = dry_run(settings.work, settings.passes, settings.accumulation > 1)
+    return {w.name: w.numel for w in run.weights}
 
 
 def _checkpointing(settings: Settings) -> list[Level]:
@@ -104,23 +144,24 @@ def _smaller_state(settings: Settings) -> list[Level]:
         return []
     formats = [str(dtype).removeprefix("torch.") for dtype in settings.optimizer.state_dtypes]
     now = str(settings.optimizer_options.get("state_dtype") or "float32").removeprefix("torch.")
-    return [
-        (
-            f"state_dtype={name} in --optim_args",
-            replace(settings, optimizer_options={**settings.optimizer_options, "state_dtype": name}),
-        )
-        for name in formats[formats.index(now) + 1 :]
-    ]
+    levels = list[Level]()
+    for name in formats[formats.index(now) + 1 :]:
+        options = {**settings.optimizer_options, "state_dtype": name}
+        said = ",".join(f"{key}={value}" for key, value in options.items() if key != "lr")
+        levels.append((f"--optim_args {said}", replace(settings, optimizer_options=options)))
+    return levels
 
 
 def _quantized_base(settings: Settings) -> list[Level]:
     formats: tuple[Literal["8bit", "4bit"], ...] = ("8bit", "4bit")
-    if settings.is_sharded or settings.work.unfrozen_parameters is None or settings.work.quantization == "4bit":
+    work = settings.work
+    everything_trains = work.unfrozen_parameters is None and work.lora is None
+    if settings.is_sharded or everything_trains or work.quantization == "4bit":
         return []
     return [
-        (f"--load_in_{name} true", replace(settings, work=replace(settings.work, quantization=name)))
+        (f"--load_in_{name} true", replace(settings, work=replace(work, quantization=name)))
         for name in formats
-        if name != settings.work.quantization
+        if name != work.quantization
     ]
 
 

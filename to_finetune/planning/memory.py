@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from to_finetune.model.select import layer_list, layer_of
+from to_finetune.optim import DiagonalTO, RankOneTO
 from to_finetune.planning.dry_run import DryRun, Weight, dry_run
 from to_finetune.planning.settings import Settings
 from to_finetune.planning.state import StateBytes, state_bytes
@@ -18,6 +19,8 @@ CUDA_CONTEXT = 700_000_000  # the driver's context, cuBLAS' workspace and loaded
 REDUCE_BUCKET = 500_000_000  # numbers; DeepSpeed's default, taken whole in the backward pass however small the model
 GATHERED = 1_050_000_000  # numbers; how many ZeRO-3 gathers at most: max_live_parameters and the prefetch bucket
 PERSISTENT = 100_000  # numbers; ZeRO-3 keeps smaller tensors whole
+
+PARTS = ("frozen", "trained", "gradients", "state", "activations", "buffers", "context")
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Plan:
         buffers: the model's own, and what the layout communicates through.
         context: CUDA's, an assumption.
         host: in the CPU's memory for each process: offloaded state, or paged state of bitsandbytes.
+        saved: the trained weights on disk, of all processes.
         flops_per_token: of one token of one row, forward, backward and recomputation.
     """
 
@@ -49,12 +53,17 @@ class Plan:
     buffers: int
     context: int
     host: int
+    saved: int
     flops_per_token: float
 
     @property
     def total(self) -> int:
         """Bytes at the peak, on each GPU."""
-        return self.frozen + self.trained + self.gradients + self.state + self.activations + self.buffers + self.context
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """The bytes that `total` is the sum of, by the names of the attributes."""
+        return {name: getattr(self, name) for name in PARTS}
 
     def fits(self, budget: int) -> bool:
         """Whether it does with `budget` bytes on each GPU."""
@@ -88,6 +97,7 @@ def plan(settings: Settings) -> Plan:
         buffers=run.buffers + _communication_bytes(settings, run, trained),
         context=CUDA_CONTEXT if work.device != "cpu" else 0,
         host=_host_bytes(settings, state, masters),
+        saved=_saved_itemsize(settings) * sum(w.numel for w in trained),
         flops_per_token=run.flops / (work.rows * work.length),
     )
 
@@ -134,9 +144,16 @@ def _loaded_itemsize(settings: Settings) -> int:
 
 
 def _trained_itemsize(settings: Settings) -> int:
-    """Of the trained weights where they are sharded; FSDP2's are float32 under mixed precision, DeepSpeed's not."""
-    mixed = settings.work.mixed_precision and not settings.is_deepspeed
-    return 4 if mixed else _loaded_itemsize(settings)
+    """Of the trained weights: float32 under mixed precision, and adapters always, but not where DeepSpeed casts."""
+    work = settings.work
+    kept = (work.mixed_precision or work.lora) and not settings.is_deepspeed
+    return 4 if kept else _loaded_itemsize(settings)
+
+
+def _saved_itemsize(settings: Settings) -> int:
+    """Of the trained weights on disk; a TO saves DeepSpeed's 32-bit ones."""
+    by_name = settings.optimizer in (DiagonalTO, RankOneTO)
+    return 4 if settings.is_deepspeed and by_name else _trained_itemsize(settings)
 
 
 def _frozen_bytes(settings: Settings, w: Weight) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, PretrainedConfig
 
 from to_finetune.errors import UsageError, did_you_mean
+from to_finetune.model.load import check_folder
 from to_finetune.optim import DiagonalTO
 
 # The files of configs/accelerate; one process trains the same way under `ddp`.
@@ -36,6 +38,8 @@ def load_blueprint(name: str, revision: str | None = None, trust_remote_code: bo
     Raises:
         UsageError: when there is none.
     """
+    if not Path(name).is_file():
+        check_folder(name)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -44,6 +48,21 @@ def load_blueprint(name: str, revision: str | None = None, trust_remote_code: bo
             "give a folder with a config.json, or the file itself."
         ) from error
     return Blueprint(name, config, trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Adapters that train instead of weights of the model, as peft makes them.
+
+    Attributes:
+        rank: `lora_r`.
+        targets: `lora_target_modules`; None for peft's own choice.
+        dropout: `lora_dropout`.
+    """
+
+    rank: int = 16
+    targets: tuple[str, ...] | None = None
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +79,7 @@ class Workload:
         checkpointing: `gradient_checkpointing`.
         attention: `attn_implementation`.
         quantization: of the frozen linear layers but the head: bitsandbytes' int8 ("8bit") or nf4 ("4bit").
+        lora: adapters, which train in place of `unfrozen_parameters`.
         device: "cpu" or a GPU's "cuda", whose kernels need less.
     """
 
@@ -72,6 +92,7 @@ class Workload:
     checkpointing: bool = False
     attention: str | None = None
     quantization: Literal["8bit", "4bit"] | None = None
+    lora: Lora | None = None
     device: Literal["cuda", "cpu"] = "cuda"
 
     @property

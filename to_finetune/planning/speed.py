@@ -27,6 +27,16 @@ class Speed:
     cost: float | None
 
 
+def check_gpu(gpu: str) -> None:
+    """Refuse a GPU that is not in the table.
+
+    Raises:
+        UsageError: naming those that are.
+    """
+    if gpu not in GPUS:
+        raise UsageError(f"gpu={gpu!r} is not known.{did_you_mean(gpu, GPUS)} It takes {', '.join(GPUS)}.")
+
+
 def speed(plan: Plan, gpu: str, tokens: int | None = None, price_per_hour: float | None = None) -> Speed:
     """How fast the planned run is on GPUs of a kind; the optimizer's step and communication are not counted.
 
@@ -39,8 +49,7 @@ def speed(plan: Plan, gpu: str, tokens: int | None = None, price_per_hour: float
     Raises:
         UsageError: for a GPU that is not in the table.
     """
-    if gpu not in GPUS:
-        raise UsageError(f"gpu={gpu!r} is not known.{did_you_mean(gpu, GPUS)} It takes {', '.join(GPUS)}.")
+    check_gpu(gpu)
     processes = plan.settings.processes
     rate = processes * GPUS[gpu] * 1e12 * UTILISATION / plan.flops_per_token
     seconds = None if tokens is None else tokens / rate

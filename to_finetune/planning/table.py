@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
+import torch
 from rich.table import Table
+from rich.text import Text
 
 from to_finetune.errors import UsageError
+from to_finetune.optim import TrainableOptimizer
+from to_finetune.planning.fit import Proposal
 from to_finetune.planning.memory import Plan
+from to_finetune.planning.settings import Settings
+from to_finetune.planning.speed import UTILISATION, Speed
 
 UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -24,39 +31,109 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def gigabytes(count: float) -> str:
-    """Bytes in units of 10^9."""
-    return f"{count / 1e9:.2f} GB"
+def format_size(count: float) -> str:
+    """Bytes in decimal units, to a hundredth: 24.00 GB."""
+    for unit in ("T", "G", "M", "K"):
+        if abs(count) >= 0.1 * UNITS[unit] and (unit != "T" or count >= UNITS["T"]):
+            return f"{count / UNITS[unit]:.2f} {'k' if unit == 'K' else unit}B"
+    return f"{count:.0f} bytes"
 
 
 def plan_table(plan: Plan) -> Table:
     """One row a part of the memory of each GPU, and the sum."""
     settings, work = plan.settings, plan.settings.work
-    on_gpu = work.device != "cpu"
-    table = Table(title=f"Memory of each {'GPU' if on_gpu else 'process'}", title_justify="left", header_style="bold")
-    table.add_column("part")
-    table.add_column("bytes", justify="right")
+    table = Table(title=f"Memory of each {_unit(plan)}, planned", title_justify="left", header_style="bold")
+    table.add_column("part", no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True)
     table.add_column("of")
     frozen = plan.total_weights - plan.trained_weights
     base = f"{frozen:,} weights, {work.quantization or work.loaded_dtype}"
-    state_dtype = str(settings.optimizer_options.get("state_dtype") or "").removeprefix("torch.")
+    alone = settings.processes == 1 and not settings.is_sharded
     rows = {
         "frozen weights": (plan.frozen, base),
-        "trained weights": (plan.trained, f"{plan.trained_weights:,} weights"),
+        "trained weights": (plan.trained, f"{plan.trained_weights:,} weights, {_share(plan)}"),
         "gradients": (plan.gradients, "of the trained weights"),
-        "optimizer state": (plan.state, f"{settings.optimizer.__name__} {state_dtype}".strip()),
+        "optimizer state": (plan.state, _state(settings)),
         "activations": (plan.activations, _activations(plan)),
-        "buffers": (plan.buffers, f"{settings.layout}, {settings.processes} process(es)"),
+        "buffers": (plan.buffers, "the model's" if alone else f"{settings.layout}, {settings.processes} processes"),
         "CUDA context": (plan.context, "assumed"),
     }
     for name, (count, what) in rows.items():
         if count:
-            table.add_row(name, gigabytes(count), what)
+            table.add_row(name, format_size(count), what)
     table.add_section()
-    table.add_row("at the peak", gigabytes(plan.total), "", style="bold")
+    table.add_row("at the peak", format_size(plan.total), "", style="bold")
     if plan.host:
-        table.add_row("in the CPU's memory", gigabytes(plan.host), "for each process", style="dim")
+        table.add_row("in the CPU's memory", format_size(plan.host), "for each process", style="dim")
+    table.add_row("on disk", format_size(plan.saved), "the trained weights", style="dim")
     return table
+
+
+def plan_line(plan: Plan) -> Text:
+    """The same in a line."""
+    parts = ", ".join(f"{name} {format_size(size)}" for name, size in plan.parts().items() if size > 0.005 * plan.total)
+    work = plan.settings.work
+    text = Text("Memory of each ").append(_unit(plan)).append(", planned: ").append(format_size(plan.total), "bold")
+    return text.append(f", if every row has {work.length} tokens ({parts})")
+
+
+def verdict(plan: Plan, budget: int) -> Text:
+    """Whether it fits, and by how much."""
+    room = budget - plan.total
+    if plan.fits(budget):
+        return Text.assemble(("fits", "bold green"), f" in {format_size(budget)}: {format_size(room)} to spare")
+    return Text.assemble(("does not fit", "bold red"), f" in {format_size(budget)}: {format_size(-room)} too much")
+
+
+def proposals_text(proposals: Sequence[Proposal]) -> Text:
+    """What each would come to, and the flags that it changes, one a line to be copied."""
+    if not proposals:
+        return Text("Nothing that a plan knows of would fit.")
+    text = Text("What would:")
+    for proposal in proposals:
+        of = f"\n  {format_size(proposal.plan.total)}, {_share(proposal.plan)} of the weights trained, with"
+        text.append(of)
+        for change in proposal.changes:
+            text.append(f"\n    {change}", "bold")
+    return text
+
+
+def speed_text(speed: Speed, plan: Plan, gpu: str) -> Text:
+    """The estimate in a sentence, and what it assumes."""
+    settings = plan.settings
+    text = Text(f"{settings.processes} x {gpu}: {speed.tokens_per_second:,.0f} tokens/s")
+    if speed.seconds is not None:
+        text.append(f"; {settings.max_steps:,} steps of {settings.tokens_per_step:,} tokens take ")
+        text.append(duration(speed.seconds), "bold")
+        if speed.cost is not None:
+            text.append(" and cost ").append(f"{speed.cost:,.2f}", "bold")
+    assumed = f"at {UTILISATION:.0%} of what the data sheet says, padding included"
+    return text.append(f" ({assumed})", "dim")
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units: 3 h 20 min."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    for unit, size, part, smaller in (("d", 1440, "h", 60), ("h", 60, "min", 1)):
+        if minutes >= size:
+            return f"{minutes // size} {unit} {minutes % size // smaller} {part}"
+    return f"{minutes} min"
+
+
+def _unit(plan: Plan) -> str:
+    return "process" if plan.settings.work.device == "cpu" else "GPU"
+
+
+def _share(plan: Plan) -> str:
+    return f"{100 * plan.trained_weights / plan.total_weights:.3g} %"
+
+
+def _state(settings: Settings) -> str:
+    dtype = settings.optimizer_options.get("state_dtype") or torch.float32
+    ours = issubclass(settings.optimizer, TrainableOptimizer)
+    return settings.optimizer.__name__ + (f", {str(dtype).removeprefix('torch.')}" if ours else "")
 
 
 def _activations(plan: Plan) -> str:

@@ -34,9 +34,9 @@ def plot_losses(
     figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     for i, (label, history) in enumerate(histories.items()):
         colour = COLOURS[i % len(COLOURS)]
-        steps, losses = _series(history, "loss")
+        steps, losses = series(history, "loss")
         axes.plot(steps, losses, color=colour, linewidth=1.6, label=label)
-        steps, losses = _series(history, "eval_loss")
+        steps, losses = series(history, "eval_loss")
         if steps:
             final = f"{label}, held out (ends at {losses[-1]:.3f})"
             axes.plot(steps, losses, "o--", color=colour, markersize=5, linewidth=1.0, alpha=0.8, label=final)
@@ -49,6 +49,7 @@ def plot_losses(
     plt.close(figure)
 
 
-def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+def series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Steps and numbers of those rows of a Trainer's log that have `key`."""
     rows = [row for row in history if key in row]
     return [row["step"] for row in rows], [row[key] for row in rows]

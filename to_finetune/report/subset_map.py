@@ -67,7 +67,7 @@ def plot_subset(
         path: where to write, by its ending: .png, .svg or .pdf.
         title: stands above the picture, before the sum.
     """
-    layers, rows = _rows(sizes, trained)
+    layers, rows = layers_and_rows(sizes, trained)
     columns = max(len(layers), 1)
     width = min(max(0.15 * columns, 4.8), 12.0)
     figure, axes = plt.subplots(figsize=(width + 3.2, 0.3 * len(rows) + 1.5), layout="constrained")
@@ -78,7 +78,7 @@ def plot_subset(
             axes.add_patch(Rectangle((x, y - 0.5), span, 1, linewidth=1.0, **LOOKS[cell.state]))
             if columns <= 8:
                 colour = "white" if cell.state == "trained" else "black" if cell.state == "partly" else "#777777"
-                weights = _count(cell.trained or cell.total)
+                weights = in_words(cell.trained or cell.total)
                 text = axes.text(x + span / 2, y, weights, ha="center", va="center", fontsize=7, color=colour)
                 if cell.state == "partly":
                     text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1})
@@ -86,7 +86,7 @@ def plot_subset(
     sums = [row.sum() for row in rows]
     axes.set(xlim=(0, columns), ylim=(positions[-1] + 0.5, -0.5), xlabel="layer")
     axes.set_yticks(positions, [_short(row.label, 40) for row in rows], fontsize=8)
-    ticks = _ticks(len(layers))
+    ticks = labelled(len(layers))
     axes.set_xticks([i + 0.5 for i in ticks], [layers[i] for i in ticks], fontsize=8)
     right = axes.twinx()
     right.set(ylim=axes.get_ylim())
@@ -100,7 +100,7 @@ def plot_subset(
     states = {cell.state for row in rows for cell in row.cells.values()}
     shown = [Patch(label=state, **look) for state, look in LOOKS.items() if state in states]
     figure.legend(handles=shown, loc="outside lower right", ncols=3, frameon=False, fontsize=8)
-    axes.set_title(f"{title}\n{_headline(rows)}" if title else _headline(rows), loc="left", fontsize=11)
+    axes.set_title(f"{title}\n{headline(rows)}" if title else headline(rows), loc="left", fontsize=11)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -114,12 +114,12 @@ def subset_table(sizes: Mapping[str, int], trained: Collection[str]) -> Table:
         sizes: the number of weights of each of the model's parameters, by name, in the model's order.
         trained: the names of those that train.
     """
-    layers, rows = _rows(sizes, trained)
+    layers, rows = layers_and_rows(sizes, trained)
     lines = -(-len(layers) // 40) or 1
     per_line = -(-len(layers) // lines // 10) * 10 if lines > 1 else max(len(layers), 1)
     parts = [layers[i : i + per_line] for i in range(0, len(layers), per_line)]
-    headline = _headline(rows)
-    table = Table(title=headline, title_justify="left", header_style="bold", box=None, min_width=len(headline))
+    title = headline(rows)
+    table = Table(title=title, title_justify="left", header_style="bold", box=None, min_width=len(title))
     table.padding = (0, 2, 1 if lines > 1 else 0, 0)
     table.add_column("module", no_wrap=True)
     table.add_column(Text("\n".join(map(_ruler, parts))), no_wrap=True)
@@ -127,7 +127,7 @@ def subset_table(sizes: Mapping[str, int], trained: Collection[str]) -> Table:
     for row in rows:
         bars = [_bar(row, part) for part in parts] if None not in row.cells else [_bar(row, [None])]
         total = row.sum()
-        weights = _count(total.trained) if total.trained else ""
+        weights = in_words(total.trained) if total.trained else ""
         table.add_row(Text(_short(row.label, 26)), Text("\n").join(bars), weights, style="" if weights else "dim")
     return table
 
@@ -140,7 +140,7 @@ def _bar(row: Row, layers: Sequence[int | None]) -> Text:
     return bar
 
 
-def _rows(sizes: Mapping[str, int], trained: Collection[str]) -> tuple[list[int], list[Row]]:
+def layers_and_rows(sizes: Mapping[str, int], trained: Collection[str]) -> tuple[list[int], list[Row]]:
     """The layers' numbers, and the rows in the model's order: what comes before the layers, the layers', the rest."""
     unknown = set(trained) - sizes.keys()
     if unknown:
@@ -149,7 +149,7 @@ def _rows(sizes: Mapping[str, int], trained: Collection[str]) -> tuple[list[int]
     rows: dict[str, Row] = {}
     for name, weights in sizes.items():
         layer = layer_of(name, prefix)
-        label = _label(name, prefix)
+        label = row_label(name, prefix)
         cell = rows.setdefault(label, Row(label)).cells.setdefault(layer, Cell())
         cell.add(weights, name in trained)
     first = next((i for i, row in enumerate(rows.values()) if None not in row.cells), 0)
@@ -159,7 +159,7 @@ def _rows(sizes: Mapping[str, int], trained: Collection[str]) -> tuple[list[int]
     return layers, outside[:first] + inside + outside[first:]
 
 
-def _label(name: str, prefix: str) -> str:
+def row_label(name: str, prefix: str) -> str:
     """The module type; experts of a layer are one, and so is every other numbered list of the model."""
     module = module_of(name, prefix)
     parts = module.split(".")
@@ -184,7 +184,7 @@ def _positions(rows: list[Row]) -> list[float]:
     return positions
 
 
-def _ticks(count: int) -> list[int]:
+def labelled(count: int) -> list[int]:
     """Which of so many layers have their number below: the first, the last and some between."""
     every = 1 if count <= 16 else 4 if count <= 40 else 10
     ticks = [i for i in range(0, count, every) if count - 1 - i >= every / 2]
@@ -197,16 +197,16 @@ def _ruler(layers: list[int]) -> str:
     return "".join(mark.ljust(5, "·") for mark in marks)[: len(layers)]
 
 
-def _headline(rows: list[Row]) -> str:
+def headline(rows: list[Row]) -> str:
     trained, total = (sum(getattr(row.sum(), key) for row in rows) for key in ("trained", "total"))
-    return f"{_count(trained)} of {_count(total)} weights train ({100 * trained / total:.3g} %)"
+    return f"{in_words(trained)} of {in_words(total)} weights train ({100 * trained / total:.3g} %)"
 
 
 def _share(cell: Cell) -> str:
-    return f"{_count(cell.trained)} of {_count(cell.total)}" if cell.state == "partly" else _count(cell.total)
+    return f"{in_words(cell.trained)} of {in_words(cell.total)}" if cell.state == "partly" else in_words(cell.total)
 
 
-def _count(weights: int) -> str:
+def in_words(weights: int) -> str:
     """1.23 B, 45.6 M, 789 k, 12."""
     for unit, letter in ((10**9, " B"), (10**6, " M"), (10**3, " k")):
         if weights >= 0.9995 * unit:

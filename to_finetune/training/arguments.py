@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -77,24 +77,39 @@ class DataArguments:
     """What the model is trained on."""
 
     dataset_name: list[str] = field(
-        metadata={"help": "A .json, .jsonl, .csv, .parquet or .txt file, or a hub name; or several, to be mixed."}
+        metadata={
+            "help": "A .json, .jsonl, .csv, .parquet or .txt file, a folder of them, a pattern ('data/*.jsonl') or a "
+            "hub name; or several, which are mixed: all rows of all, shuffled."
+        }
     )
     dataset_weights: list[float] | None = field(
         default=None,
-        metadata={"help": "For several: the share of each in what is drawn. Default: all rows of all, shuffled."},
+        metadata={
+            "help": "For several: the share of each in what is drawn, with a sum of 1. No row is drawn twice; an epoch "
+            "ends when the first set is used up, and how many rows of each were drawn is said."
+        },
     )
     dataset_streaming: bool = field(
-        default=False, metadata={"help": "Read the rows while training, from the hub or a file; needs --max_steps."}
+        default=False,
+        metadata={
+            "help": "Read the rows while training, in their order, and begin again at the end, each set of a mixture "
+            "by itself; needs --max_steps. With --shuffle_dataset true the next row is one of the next thousand."
+        },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on, e.g. 'train[:2000]'."})
-    eval_dataset_name: str | None = field(default=None, metadata={"help": "Held-out data: a file or a hub name."})
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Held-out data: named in the same way, and of the same form."}
+    )
     dataset_test_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on. Default: 'train' of a file, 'test' of a hub dataset."}
+        default=None, metadata={"help": "Split to evaluate on. Default: 'train' of files, 'test' of a hub dataset."}
     )
     val_set_size: float = field(
         default=0.0,
-        metadata={"help": "Rows (or, below 1, the share) of the training data to hold out, the same for every --seed."},
+        metadata={
+            "help": "Rows (or, below 1, the share) of the training data to hold out, the same for every --seed. Of a "
+            "stream: its first rows, and no share."
+        },
     )
 
 
@@ -197,19 +212,48 @@ class _Defaults(FinetuneArguments):
     _setup_devices = torch.device("cpu")
 
 
+class ArgumentsElsewhere(FinetuneArguments):
+    """The same flags, of a run on another machine or in other processes: no device is set up, and no GPU looked at.
+
+    bfloat16 is on unless float16 or the CPU is asked for.
+    """
+
+    _setup_devices = torch.device("cpu")
+    distributed_state = None
+
+    def __post_init__(self) -> None:
+        looks = ("tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode")  # whose checks look at the GPU
+        asked = {name: getattr(self, name) for name in (*looks, "use_cpu")}
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu
+        # On the CPU Hugging Face allows any precision.
+        self.__dict__.update(dict.fromkeys(looks), torch_compile=False, use_cpu=True)
+        super().__post_init__()
+        self.__dict__.update(asked)
+
+
 class _Parser(TrlParser):
     def error(self, message: str) -> Any:
         raise UsageError(message)
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ModelArguments, DataArguments, FinetuneArguments]:
+def parse_arguments(
+    argv: Sequence[str] | None = None,
+    training: type[FinetuneArguments] = FinetuneArguments,
+    beside: Collection[str] = (),
+) -> tuple[ModelArguments, DataArguments, FinetuneArguments]:
     """Parse ``--config recipe.yaml`` and the flags that override it.
+
+    Args:
+        argv: None for this process's own.
+        training: `ArgumentsElsewhere` for a run that is not this process's.
+        beside: other flags of the command, which may have been meant as well.
 
     Raises:
         UsageError: naming every unknown key with the nearest known one, or the bad value.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    classes = (ModelArguments, DataArguments, FinetuneArguments)
+    classes = (ModelArguments, DataArguments, training)
     parser = _Parser(classes, allow_abbrev=False)
     parser.prog = "finetune.py"
     flags_of_fields = {action.dest for action in parser._actions}
@@ -219,7 +263,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ModelArguments, 
     config, argv = _take_config(argv)
     flags = [item[2:].split("=")[0] for item in argv if item.startswith("--")]
     problems = [
-        f"Unknown {where} {key!r}.{did_you_mean(key, types)}"
+        f"Unknown {where} {key!r}.{did_you_mean(key, [*types, *beside])}"
         for where, keys, known in (("key in the configuration file", config, types), ("flag", flags, options))
         for key in keys
         if key.replace("-", "_") not in known
@@ -232,14 +276,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[ModelArguments, 
     # All others as if they had been typed before the flags, so that their types and choices are checked as well.
     argv = [f"--{key}={value}" for key, value in config.items() if key not in structured] + argv
     try:
-        model, data, training, *rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        model, data, args, *rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except UsageError:
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise UsageError(str(error)) from error
     if rest[0]:
         raise UsageError(f"Cannot make sense of {' '.join(rest[0])!r}: a flag begins with '--'.")
-    return model, data, training
+    return model, data, args
 
 
 def _has_structure(value: Any, declared: str) -> bool:

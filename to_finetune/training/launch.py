@@ -1,18 +1,111 @@
-"""How many processes run and how they share the weights, and whether that is what was asked for."""
+"""How many processes run and how they share the weights: starting them, and whether they are what was asked for."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import psutil
+import yaml
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import patch_environment
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
 from transformers import TrainingArguments
 
 from to_finetune.errors import UsageError
 from to_finetune.training.optimizers import OPTIMIZERS
+
+
+def command_for(flags: Sequence[str], processes: int | None, config: str | None, gpus: int) -> list[str]:
+    """The command that starts a run.
+
+    Args:
+        flags: of finetune.py.
+        processes: None for one on each GPU, or one on the CPU.
+        config: a file of accelerate's.
+        gpus: to be used; 0 for the CPU.
+
+    Raises:
+        UsageError: for processes that cannot be, and a file that is none of accelerate's.
+    """
+    run = ["-m", "to_finetune.finetune", *flags]
+    machines = 1 if config is None else _machines(config)
+    if processes is not None and processes < 1:
+        raise UsageError(f"--num_processes {processes} is not valid: at least 1.")
+    if config is not None and not gpus:
+        raise UsageError(f"--accelerate_config {config} spreads a run over GPUs, and this one is on the CPU.")
+    if gpus and processes and processes > gpus and machines == 1:
+        raise UsageError(f"--num_processes {processes}: more than the GPUs, of which {gpus} can be used.")
+    count = processes or gpus or 1
+    if config is not None:
+        how_many = [] if machines > 1 and processes is None else ["--num_processes", str(count)]
+        return ["accelerate", "launch", "--config_file", config, *how_many, *run]
+    if count > 1 and not gpus:  # accelerate would start one, and say nothing
+        return ["torchrun", "--standalone", "--nproc_per_node", str(count), *run]
+    if count > 1:
+        plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # else it warns
+        return ["accelerate", "launch", "--multi_gpu", "--num_processes", str(count), *plain, *run]
+    if gpus > 1:  # Hugging Face would drive them all from the one process
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        return ["env", f"CUDA_VISIBLE_DEVICES={first}", sys.executable, *run]
+    return [sys.executable, *run]
+
+
+def launch(command: list[str]) -> int:
+    """Run what `command_for` gives; returns the exit code of the run. Of a single process, it becomes that.
+
+    A signal goes on to the processes of the run, which then save a checkpoint, and not to their launcher, which would
+    kill them after half a minute.
+    """
+    if command[0] == "accelerate":
+        return _launched(partial(launch_command, launch_command_parser().parse_args(command[2:])))
+    if command[0] == "torchrun":
+        return _launched(partial(torchrun, command[1:]))
+    return os.execvp(command[0], command)
+
+
+def _launched(launcher: Callable[[], Any]) -> int:
+    def pass_on(number: int, frame: Any) -> None:
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with patch_environment(PET_SIGNALS_TO_HANDLE="SIGHUP,SIGQUIT"):  # torchrun's own; it must leave us the others
+            launcher()
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        return code if code >= 0 else 128 - code
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def _machines(config: str) -> int:
+    """The number of machines in a file of accelerate's.
+
+    Raises:
+        UsageError: for a file that cannot be read.
+    """
+    if not Path(config).is_file():
+        raise UsageError(f"--accelerate_config {config}: no such file.")
+    try:
+        return load_config_from_file(config).num_machines
+    except (ValueError, TypeError, AttributeError, KeyError, yaml.YAMLError) as error:
+        reason = shorten(str(error), 200)
+        raise UsageError(f"--accelerate_config {config} is no configuration of accelerate's: {reason}") from None
 
 
 def check_processes(running: int) -> None:

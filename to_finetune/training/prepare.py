@@ -2,56 +2,136 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import fields
 from typing import Any
 
 import datasets
 import torch
-from trl.data_utils import is_conversational
+from datasets import Dataset
+from jinja2 import TemplateError
+from rich.console import Console, Group
+from rich.text import Text
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from to_finetune.data import load_data
-from to_finetune.data.alpaca import CHAT_TEMPLATE
+from to_finetune.data.formats import MESSAGES, TEXT, TURNS
+from to_finetune.data.packing import check_packing
+from to_finetune.data.statistics import notes, statistics, table
+from to_finetune.data.template import check_marked, set_chat_template
 from to_finetune.errors import UsageError
-from to_finetune.model import load_model, select_trainable
-from to_finetune.model.subset import Subset, keep_trained_in_float32
+from to_finetune.model.adapters import adapter_subset, lora_config, with_adapters
+from to_finetune.model.load import load_model, load_tokenizer, without_weights
+from to_finetune.model.quantized import quantize_frozen
+from to_finetune.model.select import chosen_patterns
+from to_finetune.model.subset import Subset, keep_trained_in_float32, select_trainable
 from to_finetune.training.arguments import DataArguments, FinetuneArguments, ModelArguments
 from to_finetune.training.trainer import TOSFTTrainer
 
 
 def prepare_model(model_args: ModelArguments, args: FinetuneArguments) -> tuple[Any, Any, Subset]:
-    """The base model with all but the subset frozen, its tokenizer, and the subset."""
+    """The base model with all but what trains frozen, or with adapters; its tokenizer, and what trains.
+
+    Raises:
+        UsageError: for a model, a choice of weights or adapters, or a combination of flags that cannot be; before any
+            weight is loaded.
+    """
+    check_base(model_args, args)
     mixed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
-    model, tokenizer = load_model(
-        model_args.model_name_or_path,
-        model_args.model_revision,
-        getattr(torch, model_args.dtype or mixed or "float32"),
-        model_args.attn_implementation,
-        args.trust_remote_code,
+    dtype = getattr(torch, model_args.dtype or mixed or "float32")
+    base, revision = model_args.model_name_or_path, model_args.model_revision
+    attention, trust = model_args.attn_implementation, args.trust_remote_code
+    skeleton = without_weights(base, revision, attention, trust)
+    sizes = {name: p.numel() for name, p in skeleton.named_parameters(remove_duplicate=False)}
+    patterns = chosen_patterns(
+        sizes, model_args.unfrozen_parameters, model_args.unfrozen_last_layers, model_args.unfrozen_modules
     )
-    subset = select_trainable(model, model_args.unfrozen_parameters)
+    lora = None
+    if model_args.use_peft:
+        lora = lora_config(
+            model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout, model_args.lora_target_modules
+        )
+    subset = adapter_subset(with_adapters(skeleton, lora)) if lora else select_trainable(skeleton, patterns)
+
+    quantization_config = None
+    if model_args.load_in_8bit or model_args.load_in_4bit:
+        compute_dtype = getattr(torch, mixed) if mixed else dtype
+        quantization_config = quantize_frozen("8bit" if model_args.load_in_8bit else "4bit", skeleton, compute_dtype)
+    model, tokenizer = load_model(base, revision, dtype, attention, trust, quantization_config)
+    if lora:
+        set_seed(args.seed)  # what the adapters begin with
+        return with_adapters(model, lora), tokenizer, subset
+    select_trainable(model, patterns)
     if mixed:
         keep_trained_in_float32(model)
     return model, tokenizer, subset
 
 
+def check_base(model_args: ModelArguments, args: FinetuneArguments) -> None:
+    """Refuse flags of the base and of adapters that exclude each other, or would do nothing."""
+    flags = [f.name for f in fields(model_args) if f.name.startswith("unfrozen_")]
+    unfrozen = [flag for flag in flags if getattr(model_args, flag) is not None]
+    if model_args.use_peft and unfrozen:
+        raise UsageError(f"use_peft trains adapters and freezes all weights, so leave {unfrozen[0]} out.")
+    if not model_args.use_peft:
+        for f in fields(model_args):
+            if f.name.startswith("lora_") and getattr(model_args, f.name) != f.default:
+                raise UsageError(f"{f.name}={getattr(model_args, f.name)} needs --use_peft true.")
+    bits = [name for name in ("load_in_8bit", "load_in_4bit") if getattr(model_args, name)]
+    if not bits:
+        return
+    if len(bits) == 2:
+        raise UsageError("load_in_8bit and load_in_4bit exclude each other: choose one.")
+    if not model_args.use_peft and not unfrozen:
+        raise UsageError(
+            f"{bits[0]} holds what is frozen, and everything would train: say what trains with --unfrozen_last_layers, "
+            "--unfrozen_modules or --unfrozen_parameters, or train adapters with --use_peft true."
+        )
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    if zero3 or args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UsageError(
+            f"{bits[0]} under {'ZeRO-3' if zero3 else 'FSDP'}: quantised weights cannot be shared out; use ddp.yaml or "
+            "zero2.yaml of configs/accelerate."
+        )
+
+
 def prepare_data(data_args: DataArguments, args: FinetuneArguments, tokenizer: Any) -> tuple[Any, Any]:
-    """The training and held-out rows; for chat messages also the template and the masking that they need."""
-    train, held_out = load_data(
-        data_args.dataset_name[0],
-        data_args.dataset_config,
+    """The training and held-out rows; settles the chat template and what is learned, in `tokenizer` and `args`.
+
+    Raises:
+        UsageError: for data, or flags for them, that cannot be; before anything is tokenized.
+    """
+    _check_data_flags(data_args, args)
+    data = load_data(
+        data_args.dataset_name,
         data_args.dataset_train_split,
-        data_args.eval_dataset_name,
-        data_args.dataset_test_split,
-        data_args.val_set_size,
+        weights=data_args.dataset_weights,
+        streaming=data_args.dataset_streaming,
+        config=data_args.dataset_config,
+        eval_name=data_args.eval_dataset_name,
+        eval_split=data_args.dataset_test_split,
+        val_set_size=data_args.val_set_size,
+        text_column=args.dataset_text_field,
+        seed=args.seed if args.data_seed is None else args.data_seed,
     )
-    if len(train) > 20_000:
+    _say(data.notes, args)
+    if isinstance(data.train, Dataset) and len(data.train) > 20_000:
         datasets.enable_progress_bars()  # tokenizing takes long enough to want them
-    if tokenizer.chat_template is None and is_conversational(train[0]):
-        tokenizer.chat_template = CHAT_TEMPLATE
-    if args.assistant_only_loss is None:
-        args.assistant_only_loss = "messages" in train.column_names
-    if held_out is None and args.eval_strategy != "no":
+    if data.held_out is None and args.eval_strategy != "no":
         raise UsageError(f"eval_strategy={args.eval_strategy.value!r} needs --eval_dataset_name or --val_set_size.")
-    return train, held_out
+
+    if data.form in (MESSAGES, TURNS) or args.chat_template_path is not None:
+        eos_token = set_chat_template(tokenizer, args.chat_template_path)
+        args.chat_template_path = None  # that is done
+        if args.eos_token is None and eos_token != tokenizer.eos_token:
+            args.eos_token = eos_token
+    if args.assistant_only_loss is None:
+        args.assistant_only_loss = data.form == MESSAGES
+    if args.assistant_only_loss and data.form in (MESSAGES, TURNS):
+        check_marked(tokenizer)
+    _check_losses(data.form, args)
+    return data.train, data.held_out
 
 
 def prepare_trainer(
@@ -60,17 +140,99 @@ def prepare_trainer(
     """The trainer, which tokenizes the data.
 
     Raises:
-        UsageError: for what TRL and Hugging Face refuse in the settings and the data.
+        UsageError: for what TRL and Hugging Face refuse in the settings and the data; for a model that packed
+            examples would see each other in.
     """
     try:
-        return TOSFTTrainer(
+        trainer = TOSFTTrainer(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
         )
-    except (ValueError, ImportError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "assistant_only_loss" not in str(error):
+        if trainer.padding_free and args.process_index == 0 and not is_deepspeed_zero3_enabled():  # weights in pieces
+            with trainer.compute_loss_context_manager():
+                check_packing(trainer.model, trainer.data_collator)
+    except TemplateError as error:
+        raise UsageError(f"the chat template: {error}") from error
+    except RuntimeError as error:
+        if "assistant_only_loss" not in str(error):
             raise
+        raise UsageError(
+            "assistant_only_loss: a conversation has no assistant's turn, so that nothing of it would be learned. Take "
+            "it out of the data, or learn every turn with --assistant_only_loss false."
+        ) from error
+    except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
+    return trainer
+
+
+def prepare_preview(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArguments) -> TOSFTTrainer:
+    """The trainer of a run as far as its data are concerned, with a tiny model in the place of the base.
+
+    Raises:
+        UsageError: as `prepare_data` and `prepare_trainer`.
+    """
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
+    rows = prepare_data(data_args, args, tokenizer)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    stand_in = LlamaForCausalLM(config)
+    return prepare_trainer(stand_in, tokenizer, args, *rows)
+
+
+def data_report(trainer: TOSFTTrainer) -> Group:
+    """How much data there are and how much of them is learned; and in a sentence each, what seems wrong with them."""
+    args: Any = trainer.args
+    tokenizer: Any = trainer.processing_class
+    keeps = "end" if args.truncation_mode == "keep_end" else "start"
+    if args.packing and args.packing_strategy != "bfd":
+        keeps = "all"
+    names = {"train": "training", "eval": "held-out"}
+    parts = {names[key]: statistics(rows, tokenizer, args.max_length, keeps) for key, rows in trainer.uncut.items()}
+    said = [
+        Text(note, "yellow") for name, part in parts.items() for note in notes(name, part, tokenizer, args.max_length)
+    ]
+    packs, training = trainer.train_dataset, parts["training"]
+    if not isinstance(packs, Dataset):
+        said.append(Text(f"The training data are a stream, of which the first {training.rows:,} rows are counted."))
+    elif args.packing:
+        full = training.tokens / (len(packs) * args.max_length)
+        said.append(
+            Text(
+                f"The {training.rows:,} training rows are packed into {len(packs):,} of {args.max_length:,} tokens, "
+                f"{full:.0%} full."
+            )
+        )
+    return Group(table(parts), *said, "")
+
+
+def _check_data_flags(data_args: DataArguments, args: FinetuneArguments) -> None:
+    """Refuse flags of the data that exclude each other, or would do nothing, or harm."""
+    if data_args.dataset_streaming and args.max_steps <= 0:
+        raise UsageError("dataset_streaming=True needs --max_steps: how long a stream is, is not known.")
+    if args.dataset_kwargs:
+        raise UsageError(f"dataset_kwargs={args.dataset_kwargs!r}: the rows are texts, which have to be prepared.")
+    if args.packing and args.truncation_mode == "keep_end":
+        raise UsageError("truncation_mode='keep_end' does nothing with --packing true, which keeps the start.")
+    if args.eval_packing and not (args.packing or args.padding_free):
+        raise UsageError("eval_packing=True needs --packing true: else packed held-out rows would see each other.")
+
+
+def _check_losses(form: str, args: FinetuneArguments) -> None:
+    """Refuse what would learn other tokens than it says."""
+    if args.completion_only_loss and form in (MESSAGES, TEXT):
+        instead = "--assistant_only_loss" if form == MESSAGES else "nothing of the kind"
+        raise UsageError(f"completion_only_loss=True needs prompts and completions; for {form} there is {instead}.")
+    if args.packing and args.packing_strategy == "wrapped" and form != TEXT:
+        raise UsageError(
+            f"packing_strategy='wrapped' cuts {form} anywhere and lets them see each other: use bfd, or bfd_split."
+        )
+
+
+def _say(sentences: list[str], args: FinetuneArguments) -> None:
+    console = Console(quiet=not args.should_log)
+    for sentence in sentences:
+        console.print(Text(sentence, style="yellow"))

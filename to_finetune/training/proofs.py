@@ -41,6 +41,7 @@ class EngagementProofs(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.proofs, self._steps = {}, 0  # of this training: hyperparameter_search calls train() once a trial
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         live = unwrapped(optimizer)
         self.proofs["live_optimizer"] = check_optimizer(live, self.expected)
@@ -146,6 +147,8 @@ def fingerprints(model: nn.Module) -> dict[str, int]:
     def bits(p: Tensor) -> Tensor:
         p = getattr(p, "ds_tensor", p)  # under ZeRO-3 this process's part
         p = (p.to_local() if isinstance(p, DTensor) else p).detach()
+        if p.ndim == 1 and p.is_floating_point() and p.itemsize == 2:
+            p = p.float()  # bitsandbytes casts biases to the dtype of the input, to their very values
         return p.contiguous().view(-1).view(integer[p.element_size()]).sum(dtype=torch.int64)
 
     names, parts = zip(*((name, bits(p)) for name, p in model.named_parameters()), strict=True)

@@ -18,12 +18,21 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from to_finetune.errors import UsageError
 from to_finetune.files import write_whole
-from to_finetune.machine import versions
+from to_finetune.machine import machine
 
 MUST_AGREE = (
     "model_name_or_path",
     "model_revision",
     "unfrozen_parameters",
+    "unfrozen_last_layers",
+    "unfrozen_modules",
+    "load_in_8bit",
+    "load_in_4bit",
+    "use_peft",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_target_modules",
     "optim",
     "optim_args",
     "learning_rate",
@@ -40,7 +49,7 @@ class RunRecord:
             "status": "running",
             "command": shlex.join(sys.argv),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "versions": versions(),
+            **machine(),
         }
         self.config = config
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
@@ -15,8 +16,9 @@ from trl import SFTTrainer
 
 from to_finetune.data.preview import IGNORED
 from to_finetune.model.trained import (
-    TRAINED_WEIGHTS_NAME,
+    holds_trained,
     load_trained,
+    parameter_names,
     read_trained,
     save_trained,
     trained_tensors,
@@ -26,7 +28,7 @@ from to_finetune.optim.checkpoint import load_state, load_weights, save_state, w
 from to_finetune.training.arguments import TrainableOptimizerArguments
 from to_finetune.training.callbacks import ShortBackward
 from to_finetune.training.launch import check_clipping, check_layout
-from to_finetune.training.optimizers import OPTIMIZERS
+from to_finetune.training.optimizers import OPTIMIZERS, optimizer_options
 from to_finetune.training.proofs import EngagementProofs, unwrapped
 
 STATE_NAME = "to_state"  # folder in a checkpoint
@@ -62,7 +64,9 @@ class TrainableOptimizerMixin(_Base):
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
         """The class that ``args.optim`` names and its keyword arguments, the TO names first."""
         if isinstance(args, TrainableOptimizerArguments) and args.optim in OPTIMIZERS:
-            return OPTIMIZERS[args.optim], {"lr": args.learning_rate, **args.to_options}
+            # From optim_args as it is now: hyperparameter_search sets it anew for each trial.
+            options = optimizer_options(args.optim, args.optim_args)
+            return OPTIMIZERS[args.optim], {"lr": args.learning_rate, **options}
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -81,18 +85,17 @@ class TrainableOptimizerMixin(_Base):
         super().log(logs, start_time)
 
     def is_partly_frozen(self) -> bool:
-        return any(not p.requires_grad for p in self.model.parameters()) and not hasattr(self.model, "peft_config")
+        return any(not p.requires_grad for p in self.model.parameters())
 
     def is_sharded(self) -> bool:
         """Whether processes hold parts of the trained weights or of their state."""
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """The trained weights by name; of sharded ones on process 0 alone, and all processes must call it."""
+        """The trained weights, named as they are saved; of sharded ones on process 0 alone, and all must call it."""
         optimizer = self._by_name()
-        if self.is_sharded() and optimizer is not None:
-            return whole_weights(self.model_wrapped, optimizer)
-        return trained_tensors(self.accelerator.unwrap_model(self.model))
+        weights = whole_weights(self.model_wrapped, optimizer) if optimizer and self.is_sharded() else None
+        return trained_tensors(self.accelerator.unwrap_model(self.model), weights)
 
     def _by_name(self) -> TrainableOptimizer | None:
         """The live optimizer, if its state is saved by the parameters' names; FullTO's and others' are not."""
@@ -150,7 +153,7 @@ class TrainableOptimizerMixin(_Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = str(resume_from_checkpoint)
-        if os.path.isfile(os.path.join(folder, TRAINED_WEIGHTS_NAME)):
+        if holds_trained(folder):
             self._load_trained(folder)
         elif not (self.is_sharded() and os.path.isdir(os.path.join(folder, STATE_NAME))):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -169,17 +172,20 @@ class TrainableOptimizerMixin(_Base):
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
-        if os.path.isfile(os.path.join(best, TRAINED_WEIGHTS_NAME)):
+        if holds_trained(best):
             self._load_trained(best)
         else:
             super()._load_best_model()
 
     def _load_trained(self, folder: str) -> None:
         optimizer = self._by_name() if self.is_sharded() else None
+        model = self.accelerator.unwrap_model(self.model)
         if optimizer is None:
-            load_trained(self.accelerator.unwrap_model(self.model), folder)
+            load_trained(model, folder)
         else:
-            load_weights(self.model_wrapped, optimizer, read_trained(folder)[0])
+            names = parameter_names(model)
+            tensors = {names[name]: tensor for name, tensor in read_trained(folder)[0].items()}
+            load_weights(self.model_wrapped, optimizer, tensors)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Hugging Face's card, where the folder is a whole model: it shows how to load it as one."""
@@ -195,9 +201,30 @@ class TOSFTTrainer(TrainableOptimizerMixin, SFTTrainer):
     """`trl.SFTTrainer` with the Trainable Optimizers, its speed in the log, and a held-out loss over tokens.
 
     Hugging Face averages the batches' mean losses, which depends on the batch size and on the number of processes.
+
+    Attributes:
+        uncut: the tokenized rows, as long as they are, under "train" and "eval": what was cut can be told from them.
     """
 
     _last_log: tuple[float, float] = (0.0, 0.0)  # when, and the tokens until then
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        self.uncut: dict[str, Any] = {}
+        trained = [(p, p.data) for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+        super().__init__(model, *args, **kwargs)
+        for p, data in trained:
+            if p.dtype != data.dtype:  # TRL rounds to bfloat16 what trains on a quantised base
+                p.data = data.to(p.device)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """TRL's, in two steps: it tokenizes, and then it cuts or packs what has been tokenized."""
+        whole = copy(args)
+        whole.max_length, whole.shuffle_dataset = None, False
+        rows = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        self.uncut[dataset_name] = rows
+        return super()._prepare_dataset(rows, processing_class, args, packing, None, dataset_name)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the tokens a second since the last log, over all processes; the time of an evaluation does not count."""

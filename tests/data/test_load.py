@@ -1,0 +1,103 @@
+"""Where rows come from: files, folders, patterns and hub sets; and what is no such thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from to_finetune.data import load_data
+from to_finetune.errors import UsageError
+
+from ..helpers import ALPACA_ROWS, write_jsonl
+from . import rows as forms
+from .rows import prepared, tokens, write
+
+Prepare = Callable[..., Any]
+
+
+@pytest.mark.parametrize("name", ["parts", "parts/*.jsonl", "parts/**/*.jsonl"])
+def test_a_folder_and_a_pattern_are_all_their_files(
+    prepare: Prepare, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("parts").mkdir()
+    for i in (2, 0, 1):
+        write_jsonl(Path(f"parts/{i}.jsonl"), ALPACA_ROWS[i : i + 1])
+    Path("parts/README.md").write_text("Three rows.")
+    assert prepared(prepare(name).train_dataset) == [tokens(tokenizer, forms.alpaca(row)) for row in ALPACA_ROWS[:3]]
+
+
+def test_a_split_takes_a_part(alpaca: Path) -> None:
+    whole = load_data([str(alpaca)])
+    part = load_data([str(alpaca)], "train[:7]")
+    assert part.train.to_list() == whole.train.to_list()[:7]
+    assert part.held_out is None
+
+
+def test_what_a_hub_set_is_asked_for(monkeypatch: pytest.MonkeyPatch, alpaca: Path) -> None:
+    """The name, the configuration and the split go to `datasets` as they are; the default of the evaluation is test."""
+    asked = []
+
+    def load_dataset(*args: Any, **options: Any) -> Any:
+        asked.append((*args, options["split"]))
+        return datasets.load_dataset("json", data_files=str(alpaca), split="train")
+
+    monkeypatch.setattr("to_finetune.data.load.load_dataset", load_dataset)
+    load_data(["some/set"], "train[:9]", config="en", eval_name="other/set")
+    load_data(["some/set"], eval_split="validation")
+    assert asked == [
+        ("some/set", "en", "train[:9]"),
+        ("other/set", "en", "test"),
+        ("some/set", None, "train"),
+        ("some/set", None, "validation"),
+    ]
+
+
+@pytest.fixture
+def _some_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with files of two kinds, one with an empty one, and one with none."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("both", "half", "none"):
+        Path(folder).mkdir()
+    write_jsonl(Path("both/a.jsonl"), ALPACA_ROWS[:2])
+    write(Path("both/b.csv"), ALPACA_ROWS[:2])
+    write_jsonl(Path("half/a.jsonl"), ALPACA_ROWS[:2])
+    Path("half/b.jsonl").touch()
+    Path("none/README.md").write_text("Nothing here.")
+    Path("blank.txt").write_text("\n  \n")
+    Path("inside.json").write_text('{"data": [{"text": "red"}]}')
+    Path("uneven.csv").write_text("prompt,completion\nred,blue\nred,blue,green\n")
+
+
+@pytest.mark.usefixtures("_some_files")
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("both", {}, "dataset_name='both' holds files of several kinds (.csv, .jsonl)"),
+        ("both/*", {}, "dataset_name='both/*' holds files of several kinds (.csv, .jsonl)"),
+        ("none", {}, "dataset_name='none' finds no file that ends in .json, .jsonl, .csv, .parquet, .txt."),
+        ("*.parquet", {}, "dataset_name='*.parquet' finds no file"),
+        ("half", {}, "dataset_name='half': 'half/b.jsonl' is empty."),
+        ("blank.txt", {}, "dataset_name='blank.txt' is empty."),
+        ("inside.json", {}, "dataset_name='inside.json' has the columns data; needed: {instruction, input, output}"),
+        ("uneven.csv", {}, "Expected 2 fields in line 3, saw 3"),
+        ("some/set", {}, "dataset_name='some/set' cannot be loaded"),
+        (
+            "half/a.jsonl",
+            {"config": "en"},
+            "dataset_config='en' is of a hub set; dataset_name='half/a.jsonl' names none",
+        ),
+        ("half/a.jsonl", {"eval_name": "half/c.jsonl"}, "eval_dataset_name='half/c.jsonl': no such file. Did you mean"),
+        ("half/a.jsonl", {"eval_name": "both"}, "eval_dataset_name='both' holds files of several kinds"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True], ids=["read", "streamed"])
+def test_what_holds_no_rows_is_refused(name: str, options: dict[str, Any], said: str, streaming: bool) -> None:
+    with pytest.raises(UsageError) as raised:
+        next(iter(load_data([name], streaming=streaming, **options).train))
+    assert said in str(raised.value)

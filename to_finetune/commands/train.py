@@ -1,0 +1,42 @@
+"""`to-finetune train`: a run, started with the right number of processes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+
+TAKES_FLAGS = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "to-finetune train [--num_processes N] [--accelerate_config FILE] FLAGS_OF_A_RUN"
+    parser.description = (
+        "Fine-tune: checks the flags, and starts the run through accelerate, one process on each visible GPU. Takes "
+        "all flags of a run, --config among them. Ctrl-C saves a checkpoint. Exit code: the run's."
+    )
+    parser.add_argument(
+        "--num_processes", type=int, metavar="N", help="default: one for each visible GPU, one without any"
+    )
+    parser.add_argument("--accelerate_config", metavar="FILE", help="how they share the weights: configs/accelerate")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    environment = dict(os.environ)
+    import torch
+    from rich.console import Console
+    from rich.text import Text
+
+    from to_finetune.training.arguments import ArgumentsElsewhere, parse_arguments
+    from to_finetune.training.launch import command_for, launch
+    from to_finetune.training.prepare import check_base
+
+    # Here, and not in each process: one sentence, and no GPU is touched.
+    model_args, _, args = parse_arguments(arguments.flags, ArgumentsElsewhere, vars(arguments))
+    check_base(model_args, args)
+    gpus = 0 if args.use_cpu else torch.accelerator.device_count()
+    command = command_for(arguments.flags, arguments.num_processes, arguments.accelerate_config, gpus)
+    Console(soft_wrap=True).print(Text(f"$ {shlex.join(command)}", "dim"))
+    os.environ.clear()
+    os.environ.update(environment)  # Hugging Face leaves notes on some flags there
+    return launch(command)

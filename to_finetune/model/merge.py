@@ -1,0 +1,125 @@
+"""A run's trained part and its base as one ordinary model, which was read again before it got its name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from to_finetune.errors import RunError, UsageError, did_you_mean
+from to_finetune.model.load import load_finetuned
+from to_finetune.model.run import read_run
+from to_finetune.model.trained import Base, read_trained
+
+TOKENS = 64  # whose logits are compared
+
+
+class Merged(NamedTuple):
+    """What was written, and what was compared."""
+
+    folder: Path
+    base: Base
+    quantized: str | None  # "4bit" or "8bit" where the run had its base so; it is merged in full precision
+    trained: int  # tensors
+    trained_dtype: torch.dtype  # as the run saved them
+    dtype: torch.dtype  # as they and the base are written
+    bytes: int
+    logits: int  # that the written model gives bit for bit as the one in memory
+    adapter_difference: float | None  # of adapters: the largest difference that merging made, by the largest logit
+
+
+def merge(
+    run: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Merged:
+    """Write the base of `run`, with what it has trained, to `output_dir`, as `from_pretrained` reads it.
+
+    Takes the base's memory in `dtype` and the trained part's, once: the model that is written is gone before the
+    written one is read. Merged adapters are added in float32 and rounded once.
+
+    Args:
+        run: a run's folder, one of its checkpoints, or any folder with peft's adapters.
+        output_dir: must not be there, or be empty.
+        dtype: None for that which the base is stored in.
+
+    Raises:
+        UsageError: for a run that has no trained part or trained everything, a base that is not there or is itself
+            quantised, and an `output_dir` that holds something.
+        RunError: when the written model gives other logits than the one in memory; nothing is left.
+    """
+    folder, output = Path(run), Path(output_dir)
+    found = read_run(str(run))
+    if found is None:
+        siblings = [str(path) for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        what = "holds nothing that was trained" if folder.is_dir() else "is no folder"
+        raise UsageError(f"{str(run)!r} {what}.{did_you_mean(str(run), siblings) if not folder.is_dir() else ''}")
+    if found.part == "whole":
+        raise UsageError(f"{str(run)!r} trained everything, and is an ordinary model already: nothing to merge.")
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise UsageError(f"output_dir={str(output_dir)!r} is not empty; choose a new folder.")
+    tensors, base = read_trained(folder)
+    model, tokenizer = load_finetuned(folder, dtype or "auto", trust_remote_code=trust_remote_code)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UsageError(f"The base {base.model_name_or_path!r} is itself quantised: no full weights to merge with.")
+
+    difference = None
+    in_memory = _logits(model)
+    if isinstance(model, PeftModel):
+        beside_base, model = in_memory, model.merge_and_unload()
+        in_memory = _logits(model)
+        difference = ((in_memory - beside_base).abs().max() / beside_base.abs().max()).item()
+        if not difference < (1e-3 if model.dtype == torch.float32 else 0.1):
+            raise RunError(f"Merging the adapters changed the logits by {difference:.1%} of the largest; not written.")
+    dtype = model.dtype
+    with _new_folder(output) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        del model
+        written = _logits(
+            AutoModelForCausalLM.from_pretrained(partial, dtype=dtype, trust_remote_code=trust_remote_code)
+        )
+        if not torch.equal(written, in_memory):
+            raise RunError(f"What was written does not give the logits of the model in memory; {output} is not kept.")
+        size = sum(file.stat().st_size for file in partial.iterdir())
+    return Merged(
+        folder=output,
+        base=base,
+        quantized=next((bits for bits in ("4bit", "8bit") if found.config.get(f"load_in_{bits}")), None),
+        trained=len(tensors),
+        trained_dtype=next(iter(tensors.values())).dtype,
+        dtype=dtype,
+        bytes=size,
+        logits=written.numel(),
+        adapter_difference=difference,
+    )
+
+
+@torch.inference_mode()
+def _logits(model: Any) -> Tensor:
+    """Of `TOKENS` tokens from all over the vocabulary, (TOKENS, vocabulary), float32."""
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = torch.arange(TOKENS)[None] * vocabulary // TOKENS
+    return model.eval()(tokens.to(model.device), use_cache=False).logits[0].float()
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside to write to, renamed at the end; gone again where that is not reached."""
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a merge that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

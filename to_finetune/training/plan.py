@@ -1,0 +1,167 @@
+"""A run's flags as a plan of its memory, and what it really took."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Collection, Sequence
+from textwrap import shorten
+from typing import Any
+
+from to_finetune.errors import UsageError
+from to_finetune.model.select import chosen_patterns
+from to_finetune.planning import (
+    LAYOUTS,
+    Blueprint,
+    CannotSay,
+    Choice,
+    Lora,
+    Plan,
+    Settings,
+    Workload,
+    load_blueprint,
+    plan,
+    skeleton,
+)
+from to_finetune.training.arguments import ArgumentsElsewhere, FinetuneArguments, ModelArguments, parse_arguments
+from to_finetune.training.prepare import check_base
+from to_finetune.training.trainer import TOSFTTrainer
+
+# Flags that change what a step holds in ways that a dry run does not know.
+UNKNOWN = ("torch_compile", "use_liger_kernel", "activation_offloading", "label_smoothing_factor")
+
+
+def parse_for_plan(argv: Sequence[str], beside: Collection[str] = ()) -> tuple[ModelArguments, FinetuneArguments]:
+    """The flags of a run that may be elsewhere: the data need not be named, and no GPU is looked at.
+
+    Raises:
+        UsageError: as `parse_arguments` and `check_base`, and for a layout that is not given by its name.
+    """
+    model_args, _, args = parse_arguments(["--dataset_name", "any", *argv], ArgumentsElsewhere, beside)
+    check_base(model_args, args)
+    for name in ("deepspeed", "fsdp"):
+        if getattr(args, name):
+            raise UsageError(f"{name} is planned as a layout: use --layout, one of {', '.join(LAYOUTS)}.")
+    return model_args, args
+
+
+def settings_of(
+    model_args: ModelArguments,
+    args: FinetuneArguments,
+    layout: str = "ddp",
+    processes: int = 1,
+    rows: int | None = None,
+) -> Settings:
+    """What a run is planned by.
+
+    Args:
+        layout: one of `LAYOUTS`.
+        processes: over all machines.
+        rows: of the training data; None if not known, where epochs say nothing of the steps.
+
+    Raises:
+        UsageError: for a model or a subset that is not there.
+        CannotSay: for flags whose needs are not known.
+    """
+    for name in UNKNOWN:
+        if getattr(args, name, None):
+            raise CannotSay(f"{name}={getattr(args, name)} changes what a step holds; what it is then is not known.")
+    if args.max_length is None:
+        raise CannotSay("max_length is not set, so that rows can have any length.")
+    model = load_blueprint(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
+    optimizer, options = _optimizer(args)
+    length, batch = args.max_length, args.per_device_train_batch_size
+    if args.padding_free or (args.packing and args.packing_strategy.startswith("bfd")):
+        length, batch = length * batch, 1  # TRL puts all rows into one
+    return Settings(
+        Workload(
+            model,
+            None if model_args.use_peft else _patterns(model_args, model),
+            rows=batch,
+            length=length,
+            mixed_precision="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
+            dtype=model_args.dtype,  # type: ignore[arg-type]
+            checkpointing=bool(args.gradient_checkpointing),
+            attention=model_args.attn_implementation,
+            quantization="8bit" if model_args.load_in_8bit else "4bit" if model_args.load_in_4bit else None,
+            lora=_lora(model_args) if model_args.use_peft else None,
+            device="cpu" if args.use_cpu else "cuda",
+        ),
+        accumulation=args.gradient_accumulation_steps,
+        optimizer=optimizer,
+        optimizer_options=options,
+        layout=layout,
+        processes=processes,
+        max_steps=steps(args, processes, rows),
+    )
+
+
+def steps(args: FinetuneArguments, processes: int, rows: int | None) -> int | None:
+    """The optimizer's steps in all, as Hugging Face counts them; None where the length of the data is not known."""
+    if args.max_steps > 0:
+        return args.max_steps
+    if rows is None:
+        return None
+    batches = rows / (args.per_device_train_batch_size * processes)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+
+
+def choice_of(model_args: ModelArguments) -> Choice:
+    """How to say other last layers than these flags do, in their place."""
+    modules = model_args.unfrozen_modules
+    return Choice(None if modules is None else tuple(modules), as_patterns=model_args.unfrozen_parameters is not None)
+
+
+def plan_live(model_args: ModelArguments, args: FinetuneArguments) -> Plan | str:
+    """The plan of the run that this process is part of, or why there is none, which must not stop it."""
+    try:
+        return plan(settings_of(model_args, args, _live_layout(args), args.world_size))
+    except Exception as error:  # whatever it is, the run itself has its own say
+        return shorten(str(error) or type(error).__name__, 300)
+
+
+def _live_layout(args: FinetuneArguments) -> str:
+    """As accelerate has set this process up.
+
+    Raises:
+        CannotSay: for one that is none of `LAYOUTS`.
+    """
+    if args.n_gpu > 1:
+        raise CannotSay(f"One process drives {args.n_gpu} GPUs: start one for each, as `to-finetune train` does.")
+    if args.device.type not in ("cpu", "cuda"):
+        raise CannotSay(f"What a step needs on {args.device.type} is not known.")
+    layout = "ddp"
+    if args.deepspeed_plugin is not None:
+        offload = "_offload" if args.deepspeed_plugin.hf_ds_config.is_offload() else ""
+        layout = f"zero{args.deepspeed_plugin.zero_stage}{offload}"
+    elif args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        layout = "fsdp2"
+        for variable, planned in (("FSDP_OFFLOAD_PARAMS", "false"), ("FSDP_RESHARD_AFTER_FORWARD", "true")):
+            if os.environ.get(variable, planned).lower() != planned:
+                raise CannotSay(f"FSDP2 is planned with {variable}={planned} alone.")
+    if layout not in LAYOUTS:
+        raise CannotSay(f"The layout {layout} is not planned.")
+    return layout
+
+
+def _patterns(model_args: ModelArguments, model: Blueprint) -> tuple[str, ...] | None:
+    patterns = chosen_patterns(
+        {name: p.numel() for name, p in skeleton(model).named_parameters(remove_duplicate=False)},
+        model_args.unfrozen_parameters,
+        model_args.unfrozen_last_layers,
+        model_args.unfrozen_modules,
+    )
+    return None if patterns is None else tuple(patterns)
+
+
+def _lora(model_args: ModelArguments) -> Lora:
+    targets = model_args.lora_target_modules
+    return Lora(model_args.lora_r, None if targets is None else tuple(targets), model_args.lora_dropout)
+
+
+def _optimizer(args: FinetuneArguments) -> tuple[Any, dict[str, Any]]:
+    try:
+        return TOSFTTrainer.get_optimizer_cls_and_kwargs(args)
+    except Exception as error:  # one that is not installed, or that looks at the model first
+        raise CannotSay(f"optim={args.optim}: its state is not known ({shorten(str(error), 200)}).") from error

@@ -1,0 +1,159 @@
+"""A run on the hub: its trained part, its record without what is private, and its model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from textwrap import shorten
+from typing import Any, NamedTuple
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+from safetensors.torch import safe_open, save_file
+
+from to_finetune.errors import RunError, UsageError
+from to_finetune.model.card import model_card, public_recipe, without_paths
+from to_finetune.model.run import FinetunedRun, read_run
+from to_finetune.report.plot import plot_losses
+from to_finetune.training.record import summarise
+
+WEIGHTS = {  # by what was trained
+    "subset": ["trained.safetensors"],
+    "adapter": ["adapter_model.safetensors", "adapter_config.json"],
+    "whole": ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"],
+}
+TOKENIZER = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"]
+PUBLIC = ("status", "started", "versions", "prompt_form", "subset", "results", "proofs")  # of run.json
+DRY_RUN = "hub"  # folder in the run's
+
+
+class Pushed(NamedTuple):
+    """What went, or would go, and where it can be looked at."""
+
+    where: str  # an address, or of a dry run a folder
+    sizes: dict[str, int]  # bytes, by the file's name
+
+
+def push(
+    name: str,
+    repo_id: str,
+    private: bool = False,
+    merged: bool = False,
+    dry_run: bool = False,
+    token: str | None = None,
+) -> Pushed:
+    """Upload a run, or one of its checkpoints, to the repository `repo_id` of the hub, made if it is not there.
+
+    Args:
+        private: make the repository a private one.
+        merged: upload the whole model, its base included.
+        dry_run: upload nothing, and leave what would go in the folder `hub` in the run's.
+        token: of the hub; None for HF_TOKEN's or that of `hf auth login`.
+
+    Raises:
+        UsageError: for what is no run, a name that the hub does not take, and without a token.
+        RunError: when the hub cannot be reached, or refuses.
+    """
+    run = read_run(name)
+    if run is None:
+        what = "is no run with trained weights" if Path(name).exists() else "is no folder"
+        raise UsageError(f"{name!r} {what}.")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(f"repo_id={repo_id!r} is no name for a repository: {error}") from None
+    if not dry_run and (token or get_token()) is None:
+        raise UsageError("There is no token for the hub: `hf auth login` stores one, or set HF_TOKEN.")
+    with TemporaryDirectory(prefix="hub-", dir=run.folder) as scratch:  # beside the weights, to be linked, not copied
+        folder = Path(scratch) / DRY_RUN
+        write_folder(run, folder, repo_id, merged)
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        if not dry_run:
+            return Pushed(_upload(folder, repo_id, private, token), sizes)
+        final = run.folder / DRY_RUN
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(folder, final)
+        return Pushed(str(final), sizes)
+
+
+def write_folder(run: FinetunedRun, folder: Path, repo_id: str, merged: bool = False) -> None:
+    """What goes to the hub: nothing in it names a path on this computer."""
+    folder.mkdir()
+    if merged and run.part != "whole":
+        from to_finetune.model.merge import merge
+
+        merge(str(run.folder), str(folder))
+    else:
+        for path in _matching(run.folder, [*WEIGHTS[run.part], *TOKENIZER]):
+            _link(path, folder / path.name)
+    for path in _matching(folder, ["*config.json"]):
+        _write_public_json(path)
+    if (folder / "trained.safetensors").exists():
+        _write_public_tensors(folder / "trained.safetensors")
+    if run.history:
+        label = run.config.get("optim", "training")
+        plot_losses({label: run.history}, folder / "loss.png", title=repo_id)
+    is_end = (run.folder / "run.json").exists()
+    results = run.record.get("results") if is_end else None
+    card = model_card(run, results or summarise(run.history), repo_id, merged, picture=bool(run.history))
+    card.save(folder / "README.md")
+    if run.config:
+        (folder / "config.yaml").write_text(public_recipe(run.config), encoding="utf-8")
+    if run.record and is_end:
+        public = {key: run.record[key] for key in PUBLIC if key in run.record}
+        (folder / "run.json").write_text(json.dumps(public, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same bytes under another name, without a copy where the disk can do that."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _write_public_json(path: Path) -> None:
+    """Replace paths in a file of settings; the link's other name keeps its own."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    public = {key: without_paths(value) if "path" in key or "file" in key else value for key, value in values.items()}
+    if public != values:
+        path.unlink()
+        path.write_text(json.dumps(public, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_public_tensors(path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        metadata: dict[str, Any] = file.metadata()
+        public = without_paths(metadata)
+        if public == metadata:
+            return
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    path.unlink()
+    save_file(tensors, path, metadata=public)
+
+
+def _upload(folder: Path, repo_id: str, private: bool, token: str | None) -> str:
+    """The address of what was uploaded."""
+    api = HfApi(token=token)
+    try:
+        # None leaves it to the account's own default.
+        repository = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="A run of to_finetune")
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        reason = {401: "it does not know the token", 403: "the token has no right to write there"}.get(
+            status, shorten(error.server_message or f"status {status}", 300)
+        )
+        raise RunError(f"The hub refuses repo_id={repo_id!r}: {reason}.") from None
+    except (HTTPError, OSError) as error:  # of whichever client the hub's library has; OSError: HF_HUB_OFFLINE as well
+        raise RunError(f"The hub cannot be reached: {shorten(str(error), 300)}") from None
+    return str(repository)

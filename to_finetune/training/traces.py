@@ -1,0 +1,200 @@
+"""What a run leaves for its report: its parameters, how its slopes grew, and answers before and after.
+
+Each is one small JSON file beside the record: parameters.json, slopes.json, samples.json.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from to_finetune.data.preview import IGNORED
+from to_finetune.files import write_whole
+from to_finetune.model.generate import end_tokens
+from to_finetune.optim import DiagonalTO, RankOneTO
+from to_finetune.optim.checkpoint import named
+from to_finetune.optim.slopes import QUANTILES, Slope, slopes
+from to_finetune.training.proofs import unwrapped
+from to_finetune.training.trainer import TOSFTTrainer
+
+MOMENTS = 20  # at which the slopes are looked at, at most
+ROWS, NEW_TOKENS = 3, 64  # of the answers
+LONGEST_BEGINNING = 32  # tokens of a text without a prompt
+
+logger = logging.getLogger(__name__)
+
+
+def write_parameters(model: nn.Module, folder: Path) -> None:
+    """The number of weights of each parameter, in the model's order, and which of them train."""
+    parameters = dict(model.named_parameters())
+    sizes = {name: _whole_shape(p).numel() for name, p in parameters.items()}
+    trained = [name for name, p in parameters.items() if p.requires_grad]
+    _write(folder / "parameters.json", {"sizes": sizes, "trained": trained})
+
+
+def _whole_shape(p: Any) -> torch.Size:
+    """The parameter's own, where bitsandbytes has packed it or ZeRO-3 has taken it apart."""
+    packed = getattr(p, "quant_state", None)
+    return torch.Size(packed.shape if packed is not None else getattr(p, "ds_shape", p.shape))
+
+
+class SlopeTrace(TrainerCallback):
+    """Writes slopes.json: for each tensor how large its learned slope was at some twenty moments, and how it is spread.
+
+    Of Diagonal and RankOne TO with an alpha above 0; for other optimizers it does nothing. All processes must have it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "slopes.json"
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.optimizer: DiagonalTO | RankOneTO | None = None
+        optimizer = unwrapped(kwargs["optimizer"])
+        if isinstance(optimizer, (DiagonalTO, RankOneTO)) and any(group["alpha"] for group in optimizer.param_groups):
+            self.optimizer = optimizer
+        self.every = max(1, math.ceil(state.max_steps / MOMENTS))
+        self.seen = state.global_step
+        self.steps: list[int] = []
+        self.sizes: dict[str, list[float | None]] = {}
+        if state.is_world_process_zero and state.global_step and self.path.is_file():
+            self._go_on(json.loads(self.path.read_text(encoding="utf-8")), state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0:
+            self._look(state, kwargs["model"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step != self.seen:
+            self._look(state, kwargs["model"])
+
+    def _look(self, state: TrainerState, model: nn.Module) -> None:
+        if self.optimizer is None:
+            return
+        self.seen = state.global_step
+        found = slopes(self.optimizer)
+        if not state.is_world_process_zero:
+            return
+        names = self.optimizer.names(named(model))
+        by_name = {names[position]: slope for position, slope in found.items()}
+        self.steps.append(state.global_step)
+        for name, slope in by_name.items():
+            self.sizes.setdefault(name, []).append(_short(slope.size))
+        self._save(by_name)
+
+    def _save(self, now: Mapping[str, Slope]) -> None:
+        assert self.optimizer is not None
+        tensors = {
+            name: {
+                "sizes": self.sizes[name],
+                "weight": _short(slope.weight),
+                "quantiles": [_short(x) for x in slope.quantiles],
+            }
+            for name, slope in now.items()
+        }
+        about = {"form": self.optimizer.variant, "grad_scale": self.optimizer.param_groups[0]["grad_scale"]}
+        _write(self.path, {**about, "steps": self.steps, "quantiles_at": QUANTILES, "tensors": tensors})
+
+    def _go_on(self, before: Mapping[str, Any], step: int) -> None:
+        """Keep what was seen until the step that the run is resumed from."""
+        self.steps = [seen for seen in before["steps"] if seen <= step]
+        self.sizes = {name: tensor["sizes"][: len(self.steps)] for name, tensor in before["tensors"].items()}
+
+
+def _short(x: float) -> float | None:
+    """Five digits; None for what JSON has no number for."""
+    return float(f"{x:.5g}") if math.isfinite(x) else None
+
+
+class SampleAnswers:
+    """Greedy answers to the first three held-out rows (or training rows), for samples.json.
+
+    None where weights are sharded or the model cannot generate; that it fails to is no reason to stop a run.
+    """
+
+    def __init__(self, trainer: TOSFTTrainer, folder: Path) -> None:
+        self.trainer, self.path = trainer, folder / "samples.json"
+        self.tokenizer: Any = trainer.processing_class
+        self.held_out = trainer.eval_dataset is not None
+        rows: Any = trainer.eval_dataset if self.held_out else trainer.train_dataset
+        possible = not trainer.is_sharded() and trainer.model.can_generate()
+        pairs = list(islice(_prompts(rows), ROWS)) if possible else []
+        self.prompts = [prompt for prompt, _ in pairs]
+        self.rows = [{"prompt": self._text(prompt), "reference": self._cut(learned)} for prompt, learned in pairs]
+
+    def take(self, when: Literal["before", "after"]) -> None:
+        """Write the model's answers as it is now; on process 0."""
+        if not self.prompts:
+            return
+        try:
+            answers = self._answers()
+        except Exception as error:
+            logger.warning("No sample answers: %s: %s", type(error).__name__, error)
+            self.prompts = []
+            return
+        for row, answer in zip(self.rows, answers, strict=True):
+            row[when] = answer
+        _write(self.path, {"held_out": self.held_out, "rows": self.rows})
+
+    def _answers(self) -> list[str]:
+        model, pad = self.trainer.model, self.tokenizer.pad_token_id
+        width = max(map(len, self.prompts))
+        config = GenerationConfig(
+            max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=self._ends(), pad_token_id=pad
+        )
+        padding = [width - len(prompt) for prompt in self.prompts]
+        ids = torch.tensor([[pad] * n + p for n, p in zip(padding, self.prompts, strict=True)])
+        mask = torch.arange(width) >= torch.tensor(padding).unsqueeze(1)
+        was_training = model.training
+        model.eval()
+        try:
+            with self.trainer.accelerator.autocast():
+                output = model.generate(
+                    input_ids=ids.to(model.device),
+                    attention_mask=mask.long().to(model.device),
+                    generation_config=config,
+                )
+        finally:
+            model.train(was_training)
+        return [self._cut(new) for new in output[:, width:].tolist()]
+
+    def _ends(self) -> list[int]:
+        return end_tokens(self.trainer.model, self.tokenizer)
+
+    def _cut(self, tokens: list[int]) -> str:
+        """The text of the first tokens, with a sign that it was to go on."""
+        kept = tokens[:NEW_TOKENS]
+        return self._text(kept) + ("" if set(kept) & set(self._ends()) else " …")
+
+    def _text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def _prompts(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[int], list[int]]]:
+    """The tokens before the first learned one and the learned ones after them, of prepared rows ({input_ids, labels}).
+
+    A text that is learned from its first token is cut after its beginning.
+    """
+    for row in rows:
+        tokens, learned = row["input_ids"], [label != IGNORED for label in row["labels"]]
+        if True not in learned:
+            continue
+        begin = learned.index(True) or min(LONGEST_BEGINNING, max(1, len(tokens) // 2))
+        end = learned.index(False, begin) if False in learned[begin:] else len(tokens)
+        yield tokens[:begin], tokens[begin:end]
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    write_whole(path, json.dumps(values, ensure_ascii=False) + "\n")
