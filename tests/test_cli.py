@@ -41,7 +41,7 @@ def test_every_verb_is_a_module() -> None:
 
 def test_an_unknown_verb_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reprodce"]) == 2
-    assert "'reprodce' is no verb. Did you mean 'reproduce'?" in capsys.readouterr().err
+    assert "'reprodce' is no verb. Did you mean 'reproduce'" in capsys.readouterr().err
 
 
 def test_no_verb_is_bad_usage() -> None:

@@ -29,7 +29,7 @@ from to_finetune.optim.slopes import QUANTILES, _sample, slopes
 from to_finetune.optim.state import read
 from to_finetune.report.charts import Box, Series, boxes, curves, number
 from to_finetune.report.maps import slopes_view, subset_grid
-from to_finetune.report.page import bytes_in_words, duration, read_run, write_report
+from to_finetune.report.page import duration, read_run, write_report
 from to_finetune.report.run import Slopes, TensorSlope
 from to_finetune.training.callbacks import StopOnNonFinite
 from to_finetune.training.traces import NEW_TOKENS, SampleAnswers, SlopeTrace, _prompts, write_parameters
@@ -257,9 +257,9 @@ def test_memory_is_drawn_to_scale(run: Path, others: list[Path]) -> None:
     parts = re.compile(r'flex: (\d+).*?title="(.*?)"')
     drawn = [(width, parts.findall(inside)) for width, inside in bars.findall(page_of(run, others[0]).source)]
     assert drawn == [
-        ("50.00", [("3000000", "frozen: 3 MB"), ("1000000", "trained: 1 MB")]),
-        ("25.00", [("1", "2 MB")]),
-        ("100.00", [("8000000", "frozen: 8 MB")]),
+        ("50.00", [("3000000", "frozen: 3.00 MB"), ("1000000", "trained: 1.00 MB")]),
+        ("25.00", [("1", "2.00 MB")]),
+        ("100.00", [("8000000", "frozen: 8.00 MB")]),
     ]
 
 
@@ -496,10 +496,6 @@ def test_boxes_stand_side_by_side() -> None:
         (duration, 65.4, "1 min 05 s"),
         (duration, 3599.6, "1 h 00 min"),
         (duration, 8123, "2 h 15 min"),
-        (bytes_in_words, 0, "0 bytes"),
-        (bytes_in_words, 12_345, "12.3 kB"),
-        (bytes_in_words, 999_999_999, "1e+03 MB"),
-        (bytes_in_words, 29_950_000_000, "29.9 GB"),
         (number, 0.000125, "0.000125"),
         (number, 5e-05, "5e−05"),
         (number, 12_500, "12.5k"),

@@ -15,6 +15,7 @@ from to_finetune import __version__
 from to_finetune.errors import UsageError
 from to_finetune.files import write_whole
 from to_finetune.optim.slopes import SAMPLE
+from to_finetune.planning import format_size
 from to_finetune.report.charts import Chart, Series, curves
 from to_finetune.report.maps import Grid, slopes_view, subset_grid
 from to_finetune.report.plot import COLOURS, series
@@ -352,21 +353,13 @@ def _memory(run: RunData) -> dict[str, Any] | None:
         return None
     of_what = MEASURED.get(str(memory.get("kind")), "") if measured else ""
     return {
-        "parts": [(name.replace("_", " "), count, bytes_in_words(count)) for name, count in parts],
+        "parts": [(name.replace("_", " "), count, format_size(count)) for name, count in parts],
         "planned": sum(planned.values()),
-        "planned_text": bytes_in_words(sum(planned.values())),
+        "planned_text": format_size(sum(planned.values())),
         "measured": measured,
-        "measured_text": bytes_in_words(measured),
+        "measured_text": format_size(measured),
         "notes": [note for note in (memory.get("not_planned"), of_what) if note],
     }
-
-
-def bytes_in_words(count: float) -> str:
-    """12.3 GB, 45 MB: units of 10^9, 10^6 and 10^3 bytes."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.3g} {name}" if count < 1000 * unit else f"{count / unit:,.0f} {name}"
-    return f"{count:g} bytes"
 
 
 def _proofs(proofs: dict[str, Any]) -> list[tuple[bool, str]]:
@@ -386,6 +379,8 @@ def _proofs(proofs: dict[str, Any]) -> list[tuple[bool, str]]:
     }
     shown = []
     for name, value in proofs.items():
+        if name == "frozen_tensors_unmoved" and value == 0:
+            continue
         text = words[name](value) if name in words else f"{name.replace('_', ' ')}: {value}"
         shown.append((not (name == "never_moved" and value), text))
     return shown
