@@ -272,7 +272,7 @@ def test_models_and_data_of_the_hub_are_linked() -> None:
         "optim": "adamw_torch",
         "learning_rate": 1e-5,
     }
-    run = FinetunedRun(Path("run"), "subset", config, {}, [])
+    run = FinetunedRun(Path("run"), "subset", config, {}, [{"step": 3, "eval_loss": 2.0}])
     card = model_card(run, {"steps": 3, "eval_loss": 2.0}, "me/tiny")
     assert card.data.to_dict() == {
         "base_model": "huggyllama/llama-7b",
@@ -288,6 +288,7 @@ def test_models_and_data_of_the_hub_are_linked() -> None:
     assert "Trainable Optimizer" not in text
     assert "local folder" not in text
     assert "private notes" not in text
+    assert "held out, before" not in text  # the only evaluation was at the end
 
 
 def test_a_trainers_folder_without_a_recipe_has_a_card_too(run: Run, tmp_path: Path, hub: Hub) -> None:
@@ -414,3 +415,15 @@ def test_a_damaged_record_is_refused(run: Run, tmp_path: Path, capsys: pytest.Ca
     assert read_run(str(run.folder)) is not None
     assert main(["push", str(tmp_path), "--repo_id", "me/tiny", "--dry_run"]) == 2
     assert "run.json is damaged." in capsys.readouterr().err
+
+
+def test_a_runs_own_push_to_hub_goes_the_same_way(finetune: Callable[..., Run], tmp_path: Path, hub: Hub) -> None:
+    """Hugging Face's own upload would take training_args.bin along, with the token in it."""
+    run = finetune(
+        tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=1, push_to_hub=True, hub_token=TOKEN
+    )
+    assert run.code == 0
+    assert hub.token == TOKEN
+    assert [repo_id for repo_id, _ in hub.asked][:1] == ["run"]
+    assert set(hub.files) == TRAINED | {"trained.safetensors"}
+    assert not [name for name, content in hub.files.items() if TOKEN.encode() in content]

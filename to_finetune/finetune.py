@@ -34,6 +34,7 @@ from to_finetune.training.launch import check_processes
 from to_finetune.training.memory import RunMemory
 from to_finetune.training.prepare import data_report, prepare_data, prepare_model, prepare_trainer
 from to_finetune.training.proofs import check_saved
+from to_finetune.training.push import push
 from to_finetune.training.record import RunRecord, last_checkpoint, resume_point, summarise
 from to_finetune.training.traces import SampleAnswers, SlopeTrace, write_parameters
 from to_finetune.training.trainer import TOSFTTrainer
@@ -80,6 +81,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
         prompt_form=prompt_form(next(iter(train_dataset))),
         subset={"tensors": len(subset.names), "weights": subset.weights, "total_weights": subset.total_weights},
     )
+    pushes, args.push_to_hub = args.push_to_hub, False  # the Trainer's own uploads local paths, and the token
     trainer = prepare_trainer(model, tokenizer, args, train_dataset, eval_dataset)
     check_labels(trainer.train_dataset, args.max_length)
     console.print(data_report(trainer), preview(trainer.train_dataset, tokenizer))
@@ -110,6 +112,9 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     finally:
         signals.restore()
     conclude(trainer, record, status="done", results=results)
+    if pushes and args.should_save:
+        repo_id = args.hub_model_id or record.folder.name
+        console.print(push(args.output_dir, repo_id, bool(args.hub_private_repo), token=args.hub_token).where)
     console.print(summary({**results, "memory": memory.in_words()}, record))
     atexit.register(args.distributed_state.destroy_process_group)
     return 0
