@@ -111,11 +111,20 @@ def test_good_data_are_no_cause_for_a_remark(prepare: Prepare, alpaca: Path) -> 
     assert len(report(prepare(alpaca)).strip().splitlines()) == 2
 
 
-def test_packs_are_counted(prepare: Prepare, alpaca: Path) -> None:
-    trainer = prepare(alpaca, packing=True, max_length=512)
-    packs = trainer.train_dataset
-    full = sum(map(len, packs["input_ids"])) / (512 * len(packs))
-    assert f"The 24 training rows are packed into {len(packs)} of 512 tokens, {full:.0%} full." in report(trainer)
+@pytest.mark.parametrize(
+    "options",
+    [{"max_length": 512}, {"max_length": 100}, {"max_length": 100, "packing_strategy": "bfd_split"}],
+    ids=["whole", "cut", "split"],
+)
+def test_packs_are_counted(prepare: Prepare, alpaca: Path, options: dict[str, Any]) -> None:
+    trainer = prepare(alpaca, packing=True, assistant_only_loss=False, completion_only_loss=False, **options)
+    packs, length = trainer.train_dataset, options["max_length"]
+    tokens = sum(map(len, packs["input_ids"]))
+    shown = report(trainer)
+    full = f"{tokens / (length * len(packs)):.0%} full"
+    assert f"The 24 training rows are packed into {len(packs)} of {length} tokens, {full}." in shown
+    assert f"{tokens:,}" in shown
+    assert ("rows are cut" in shown) == ("packing_strategy" not in options and length == 100)
 
 
 def test_the_first_rows_of_a_stream_are_counted(prepare: Prepare, alpaca: Path) -> None:
