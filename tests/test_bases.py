@@ -22,11 +22,12 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from to_finetune.errors import UsageError
 from to_finetune.model import load_finetuned, load_trained, save_trained
 from to_finetune.model.adapters import lora_config, with_adapters
-from to_finetune.model.load import load_model
+from to_finetune.model.load import load_model, without_weights
 from to_finetune.model.trained import read_trained, trained_tensors
 from to_finetune.optim import DiagonalTO, RankOneTO, TrainableOptimizer
 from to_finetune.training.arguments import parse_arguments
@@ -577,6 +578,18 @@ def test_quantised_weights_are_not_shared_out(llama: Path, case: str, monkeypatc
     if case == "ZeRO-3":
         args.deepspeed_plugin.zero_stage = 2
         assert quantised(prepare_model(model_args, args)[0])
+
+
+def test_where_deepspeed_shares_models_out_the_one_without_weights_stays_whole(llama: Path) -> None:
+    """Else what trains would be chosen among, and counted in, parameters of no weights."""
+    pytest.importorskip("deepspeed")
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    assert is_deepspeed_zero3_enabled()
+    model = without_weights(str(llama))
+    assert sum(p.numel() for p in model.parameters()) == 60_320
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert is_deepspeed_zero3_enabled()
+    del config  # which turns it off
 
 
 # Attention
