@@ -19,11 +19,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations import deepspeed as hf_deepspeed
 
 from to_finetune.errors import UsageError, did_you_mean
 from to_finetune.model.adapters import with_adapters
 from to_finetune.model.quantized import Quantization, keep_bits_still, quantize_frozen
+from to_finetune.model.skeleton import skeleton_of
 from to_finetune.model.trained import adapter_config, holds_adapters, load_trained, read_trained
 
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -91,11 +91,9 @@ def without_weights(
     Raises:
         UsageError: as `load_model`.
     """
-    with _in_one_sentence(model_name_or_path, attn_implementation), _without_zero3(), torch.device("meta"):
+    with _in_one_sentence(model_name_or_path, attn_implementation):
         config = AutoConfig.from_pretrained(model_name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-        return AutoModelForCausalLM.from_config(
-            config, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
-        )
+        return skeleton_of(config, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
 
 
 def load_finetuned(
@@ -157,17 +155,6 @@ def _in_one_sentence(name: str, attn_implementation: str | None) -> Iterator[Non
         raise UsageError(
             f"model_name_or_path={name!r} cannot be loaded as a causal language model: {reason}"
         ) from error
-
-
-@contextmanager
-def _without_zero3() -> Iterator[None]:
-    """Where DeepSpeed shares out the weights of models that are made, not those of one without weights."""
-    live = hf_deepspeed._hf_deepspeed_config_weak_ref
-    try:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = None
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = live
 
 
 def check_folder(name: str) -> None:

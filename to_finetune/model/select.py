@@ -22,10 +22,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from to_finetune.errors import UsageError, did_you_mean
 from to_finetune.files import write_whole
+from to_finetune.model.skeleton import skeleton_of
 
 Progress = Callable[[int, int, str], None]  # matrices done, matrices in all, the last one's name
 
@@ -314,8 +315,7 @@ def _local_folder(name: str | os.PathLike[str]) -> Path:
 def _without_weights(folder: Path) -> PreTrainedModel:
     """The model on the meta device: the names and shapes that training will see, which the files may call otherwise."""
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        return skeleton_of(AutoConfig.from_pretrained(folder))
     except (OSError, ValueError) as error:
         raise UsageError(f"{folder} holds no causal language model: {shorten(str(error), 300)}") from None
 

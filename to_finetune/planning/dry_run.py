@@ -23,11 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
-from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from to_finetune.errors import UsageError
 from to_finetune.model.adapters import lora_config, with_adapters
+from to_finetune.model.skeleton import skeleton_of, without_zero3
 from to_finetune.model.subset import keep_trained_in_float32, select_trainable
 from to_finetune.planning.settings import Blueprint, CannotSay, Lora, Workload
 
@@ -129,7 +129,7 @@ def dry_run(work: Workload, passes: str, accumulating: bool) -> DryRun:
         CannotSay: where the model's operations cannot run without data.
     """
     try:
-        with _without_zero3(), FakeTensorMode():
+        with without_zero3(), FakeTensorMode():
             return _dry_run(work, passes, accumulating)
     except UsageError:
         raise
@@ -145,10 +145,7 @@ def skeleton(model: Blueprint) -> PreTrainedModel:
         UsageError: for a configuration that is not a causal language model's.
     """
     try:
-        with _without_zero3(), torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                copy.deepcopy(model.config), trust_remote_code=model.trust_remote_code
-            )
+        return skeleton_of(copy.deepcopy(model.config), trust_remote_code=model.trust_remote_code)
     except ValueError as error:
         raise UsageError(f"{model.name} is no causal language model: {shorten(str(error), 300)}") from error
 
@@ -250,17 +247,6 @@ def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 def _drop_gradient(p: Tensor) -> None:
     p.grad = None
-
-
-@contextmanager
-def _without_zero3() -> Iterator[None]:
-    """In a process that DeepSpeed trains in, Hugging Face would share the weights of this model out as well."""
-    live = hf_deepspeed._hf_deepspeed_config_weak_ref
-    try:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = None
-        yield
-    finally:
-        hf_deepspeed._hf_deepspeed_config_weak_ref = live
 
 
 @contextmanager
