@@ -94,7 +94,7 @@ def merge(
     return Merged(
         folder=output,
         base=base,
-        quantized=next((bits for bits in ("4bit", "8bit") if found.config.get(f"load_in_{bits}")), None),
+        quantized=found.quantization,
         trained=len(tensors),
         trained_dtype=next(iter(tensors.values())).dtype,
         dtype=dtype,

@@ -6,15 +6,17 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 import yaml
+from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig, TrlParser
 
 from to_finetune.errors import UsageError, did_you_mean
+from to_finetune.model.select import chosen_patterns
 from to_finetune.training.optimizers import (
     OPTIMIZERS,
     RECOMMENDED_LEARNING_RATE,
@@ -70,6 +72,20 @@ class ModelArguments:
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules that get an adapter: q_proj v_proj, or all-linear. Default: peft's."}
     )
+
+    @property
+    def quantization(self) -> Literal["8bit", "4bit"] | None:
+        """Of what is frozen."""
+        return "8bit" if self.load_in_8bit else "4bit" if self.load_in_4bit else None
+
+    def patterns(self, model: nn.Module) -> list[str] | None:
+        """What trains of `model`, as `select_trainable` takes it; its weights are not looked at.
+
+        Raises:
+            UsageError: as `chosen_patterns`.
+        """
+        sizes = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
+        return chosen_patterns(sizes, self.unfrozen_parameters, self.unfrozen_last_layers, self.unfrozen_modules)
 
 
 @dataclass
@@ -148,11 +164,11 @@ class TrainableOptimizerArguments:
             )
         scaled = False
         if name in OPTIMIZERS:
-            self.to_options = optimizer_options(name, self.optim_args)
-            scaled = self.to_options.get("grad_scale") is not None
+            options = self.to_options
+            scaled = options.get("grad_scale") is not None
             if self.learning_rate is None:
                 self.learning_rate = RECOMMENDED_LEARNING_RATE
-            check_options(name, self.to_options, self.learning_rate)
+            check_options(name, options, self.learning_rate)
         elif isinstance(self.optim_args, dict):
             self.optim_args = ",".join(f"{key}={value}" for key, value in parse_optim_args(self.optim_args).items())
         if self.learning_rate is None:
@@ -164,6 +180,11 @@ class TrainableOptimizerArguments:
             self.optim = OptimizerNames.ADAMW_TORCH
         super().__post_init__()  # type: ignore[misc]
         self.optim = name
+
+    @property
+    def to_options(self) -> dict[str, Any]:
+        """Of a TO, from `optim_args` as they are now: Hugging Face's hyperparameter_search sets them for each trial."""
+        return optimizer_options(self.optim, self.optim_args)
 
 
 @dataclass

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -78,19 +79,27 @@ def _launched(launcher: Callable[[], Any]) -> int:
         for child in psutil.Process().children():
             child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with patch_environment(PET_SIGNALS_TO_HANDLE="SIGHUP,SIGQUIT"):  # torchrun's own; it must leave us the others
+        # The signals are torchrun's own; it must leave us the others.
+        with on_stop(pass_on), patch_environment(PET_SIGNALS_TO_HANDLE="SIGHUP,SIGQUIT"):
             launcher()
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code >= 0 else 128 - code
     except SignalException as stopped:
         return 128 + stopped.sigval
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return 0
+
+
+@contextmanager
+def on_stop(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Within it Ctrl-C and SIGTERM go to `handler`."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def _machines(config: str) -> int:
@@ -123,6 +132,11 @@ def check_processes(running: int) -> None:
             f"accelerate launch was asked for {asked} processes, but {running} runs: on the CPU it starts only one. "
             f"Use: torchrun --nproc_per_node {asked} finetune.py ..."
         )
+
+
+def asks_for_fsdp(args: TrainingArguments) -> bool:
+    """Whether Hugging Face's flag or accelerate's configuration does."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def check_layout(args: TrainingArguments, state: Any, is_sharded: bool, optimizer: Any) -> None:

@@ -9,10 +9,8 @@ from textwrap import shorten
 from typing import Any
 
 from to_finetune.errors import UsageError
-from to_finetune.model.select import chosen_patterns
 from to_finetune.planning import (
     LAYOUTS,
-    Blueprint,
     CannotSay,
     Choice,
     Lora,
@@ -24,6 +22,7 @@ from to_finetune.planning import (
     skeleton,
 )
 from to_finetune.training.arguments import ArgumentsElsewhere, FinetuneArguments, ModelArguments, parse_arguments
+from to_finetune.training.launch import asks_for_fsdp
 from to_finetune.training.prepare import check_base
 from to_finetune.training.trainer import TOSFTTrainer
 
@@ -70,20 +69,21 @@ def settings_of(
         raise CannotSay("max_length is not set, so that rows can have any length.")
     model = load_blueprint(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
     optimizer, options = _optimizer(args)
+    patterns = None if model_args.use_peft else model_args.patterns(skeleton(model))
     length, batch = args.max_length, args.per_device_train_batch_size
     if args.padding_free or (args.packing and args.packing_strategy.startswith("bfd")):
         length, batch = length * batch, 1  # TRL puts all rows into one
     return Settings(
         Workload(
             model,
-            None if model_args.use_peft else _patterns(model_args, model),
+            None if patterns is None else tuple(patterns),
             rows=batch,
             length=length,
             mixed_precision="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
             dtype=model_args.dtype,  # type: ignore[arg-type]
             checkpointing=bool(args.gradient_checkpointing),
             attention=model_args.attn_implementation,
-            quantization="8bit" if model_args.load_in_8bit else "4bit" if model_args.load_in_4bit else None,
+            quantization=model_args.quantization,
             lora=_lora(model_args) if model_args.use_peft else None,
             device="cpu" if args.use_cpu else "cuda",
         ),
@@ -135,7 +135,7 @@ def _live_layout(args: FinetuneArguments) -> str:
     if args.deepspeed_plugin is not None:
         offload = "_offload" if args.deepspeed_plugin.hf_ds_config.is_offload() else ""
         layout = f"zero{args.deepspeed_plugin.zero_stage}{offload}"
-    elif args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    elif asks_for_fsdp(args):
         layout = "fsdp2"
         for variable, planned in (("FSDP_OFFLOAD_PARAMS", "false"), ("FSDP_RESHARD_AFTER_FORWARD", "true")):
             if os.environ.get(variable, planned).lower() != planned:
@@ -143,16 +143,6 @@ def _live_layout(args: FinetuneArguments) -> str:
     if layout not in LAYOUTS:
         raise CannotSay(f"The layout {layout} is not planned.")
     return layout
-
-
-def _patterns(model_args: ModelArguments, model: Blueprint) -> tuple[str, ...] | None:
-    patterns = chosen_patterns(
-        {name: p.numel() for name, p in skeleton(model).named_parameters(remove_duplicate=False)},
-        model_args.unfrozen_parameters,
-        model_args.unfrozen_last_layers,
-        model_args.unfrozen_modules,
-    )
-    return None if patterns is None else tuple(patterns)
 
 
 def _lora(model_args: ModelArguments) -> Lora:

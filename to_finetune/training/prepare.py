@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields
 from typing import Any
 
@@ -24,9 +23,9 @@ from to_finetune.errors import UsageError
 from to_finetune.model.adapters import adapter_subset, lora_config, with_adapters
 from to_finetune.model.load import load_model, load_tokenizer, without_weights
 from to_finetune.model.quantized import quantize_frozen
-from to_finetune.model.select import chosen_patterns
 from to_finetune.model.subset import Subset, keep_trained_in_float32, select_trainable
 from to_finetune.training.arguments import DataArguments, FinetuneArguments, ModelArguments
+from to_finetune.training.launch import asks_for_fsdp
 from to_finetune.training.trainer import TOSFTTrainer
 
 
@@ -43,10 +42,7 @@ def prepare_model(model_args: ModelArguments, args: FinetuneArguments) -> tuple[
     base, revision = model_args.model_name_or_path, model_args.model_revision
     attention, trust = model_args.attn_implementation, args.trust_remote_code
     skeleton = without_weights(base, revision, attention, trust)
-    sizes = {name: p.numel() for name, p in skeleton.named_parameters(remove_duplicate=False)}
-    patterns = chosen_patterns(
-        sizes, model_args.unfrozen_parameters, model_args.unfrozen_last_layers, model_args.unfrozen_modules
-    )
+    patterns = model_args.patterns(skeleton)
     lora = None
     if model_args.use_peft:
         lora = lora_config(
@@ -55,9 +51,9 @@ def prepare_model(model_args: ModelArguments, args: FinetuneArguments) -> tuple[
     subset = adapter_subset(with_adapters(skeleton, lora)) if lora else select_trainable(skeleton, patterns)
 
     quantization_config = None
-    if model_args.load_in_8bit or model_args.load_in_4bit:
+    if model_args.quantization:
         compute_dtype = getattr(torch, mixed) if mixed else dtype
-        quantization_config = quantize_frozen("8bit" if model_args.load_in_8bit else "4bit", skeleton, compute_dtype)
+        quantization_config = quantize_frozen(model_args.quantization, skeleton, compute_dtype)
     model, tokenizer = load_model(base, revision, dtype, attention, trust, quantization_config)
     if lora:
         set_seed(args.seed)  # what the adapters begin with
@@ -89,7 +85,7 @@ def check_base(model_args: ModelArguments, args: FinetuneArguments) -> None:
             "--unfrozen_modules or --unfrozen_parameters, or train adapters with --use_peft true."
         )
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    if zero3 or args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if zero3 or asks_for_fsdp(args):
         raise UsageError(
             f"{bits[0]} under {'ZeRO-3' if zero3 else 'FSDP'}: quantised weights cannot be shared out; use ddp.yaml or "
             "zero2.yaml of configs/accelerate."

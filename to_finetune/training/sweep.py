@@ -9,7 +9,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from to_finetune.training.arguments import (
     parse_arguments,
     resolved_config,
 )
+from to_finetune.training.launch import on_stop
 from to_finetune.training.record import last_checkpoint
 from to_finetune.training.search import (
     Space,
@@ -440,12 +440,8 @@ def _signals_passed_on(group: int) -> Iterator[list[int]]:
         with suppress(ProcessLookupError):  # it has just ended
             os.killpg(group, number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with on_stop(pass_on):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _record(folder: Path) -> Mapping[str, Any]:

@@ -28,7 +28,7 @@ from to_finetune.optim.checkpoint import load_state, load_weights, save_state, w
 from to_finetune.training.arguments import TrainableOptimizerArguments
 from to_finetune.training.callbacks import ShortBackward
 from to_finetune.training.launch import check_clipping, check_layout
-from to_finetune.training.optimizers import OPTIMIZERS, optimizer_options
+from to_finetune.training.optimizers import OPTIMIZERS
 from to_finetune.training.proofs import EngagementProofs, unwrapped
 
 STATE_NAME = "to_state"  # folder in a checkpoint
@@ -64,9 +64,7 @@ class TrainableOptimizerMixin(_Base):
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
         """The class that ``args.optim`` names and its keyword arguments, the TO names first."""
         if isinstance(args, TrainableOptimizerArguments) and args.optim in OPTIMIZERS:
-            # From optim_args as it is now: hyperparameter_search sets it anew for each trial.
-            options = optimizer_options(args.optim, args.optim_args)
-            return OPTIMIZERS[args.optim], {"lr": args.learning_rate, **options}
+            return OPTIMIZERS[args.optim], {"lr": args.learning_rate, **args.to_options}
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
