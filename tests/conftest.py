@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -48,3 +49,15 @@ def finetune(llama: Path, alpaca: Path) -> Callable[..., Any]:
     from . import helpers
 
     return partial(helpers.finetune, model_name_or_path=llama, dataset_name=alpaca)
+
+
+@pytest.fixture(scope="session")
+def llama_7b(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Llama-7B's blueprint, from a folder that holds a config.json and nothing else."""
+    from to_finetune.planning import load_blueprint
+
+    from .helpers import LLAMA_7B
+
+    folder = tmp_path_factory.mktemp("llama-7b")
+    (folder / "config.json").write_text(json.dumps(LLAMA_7B))
+    return load_blueprint(str(folder))

@@ -20,6 +20,15 @@ from to_finetune.model.trained import read_trained
 from to_finetune.training import TOSFTTrainer
 
 WORDS = ["red", "blue", "green", "tree", "house", "river", "stone", "bird", "cloud", "song"]
+LLAMA_7B = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 32000,
+}
 LAYER_WEIGHTS = 10_304  # of each of the tiny Llama's four layers, in nine tensors
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Callable
@@ -15,12 +14,11 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from to_finetune.model import select_trainable
-from to_finetune.planning import Blueprint, Plan, load_blueprint, plan
+from to_finetune.planning import Blueprint, Plan, plan
 from to_finetune.training.arguments import ArgumentsElsewhere, parse_arguments
 from to_finetune.training.plan import settings_of
 
-from .helpers import WORDS, Run, write_jsonl
-from .planning.conftest import LLAMA_7B
+from .helpers import LLAMA_7B, WORDS, Run, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
@@ -67,21 +65,14 @@ def commands(recipe: Path) -> list[Command]:
 
 
 @pytest.fixture(scope="module")
-def blueprint(tmp_path_factory: pytest.TempPathFactory) -> Blueprint:
-    folder = tmp_path_factory.mktemp("llama-7b")
-    (folder / "config.json").write_text(json.dumps(LLAMA_7B))
-    return load_blueprint(str(folder))
-
-
-@pytest.fixture(scope="module")
-def plan_of(blueprint: Blueprint) -> Callable[..., Plan]:
+def plan_of(llama_7b: Blueprint) -> Callable[..., Plan]:
     """The plan of a command of Llama-7B's; one blueprint for all, so that layouts share their dry runs."""
 
     def made(command: Command, *more: str) -> Plan:
-        words = [*command.words, *more, "--model_name_or_path", blueprint.name]
+        words = [*command.words, *more, "--model_name_or_path", llama_7b.name]
         model_args, _, args = parse_arguments(words, ArgumentsElsewhere)
         settings = settings_of(model_args, args, command.layout, command.processes)
-        return plan(replace(settings, work=replace(settings.work, model=blueprint)))
+        return plan(replace(settings, work=replace(settings.work, model=llama_7b)))
 
     return made
 

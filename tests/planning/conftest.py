@@ -8,25 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import GPT2Config, LlamaConfig, Qwen2Config
 
-from to_finetune.planning import Blueprint, load_blueprint
+from to_finetune.planning import Blueprint
 
-LLAMA_7B = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "vocab_size": 32000,
-}
-
-
-@pytest.fixture(scope="session")
-def llama_7b(tmp_path_factory: pytest.TempPathFactory) -> Blueprint:
-    """From a folder that holds a config.json and nothing else."""
-    folder = tmp_path_factory.mktemp("llama-7b")
-    (folder / "config.json").write_text(json.dumps(LLAMA_7B))
-    return load_blueprint(str(folder))
+from ..helpers import LLAMA_7B
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from to_finetune.errors import UsageError
 from to_finetune.files import write_whole
+from to_finetune.pages import template
 from to_finetune.paper import figures, tables
 from to_finetune.paper.tables import COMPARED, DATASETS, ROWS
 from to_finetune.paper.tuning import CRITERIA
@@ -95,15 +95,8 @@ def html(
     theory: Result | None,
     pictures: Sequence[tuple[Markup, str, str]],
 ) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     everything = [*results.values(), *([theory] if theory else [])]
-    return environment.get_template("page.html").render(
+    return template(Path(__file__).with_name("page.html")).render(
         trial=any(result["protocol"]["name"] == "quick" for result in everything),
         finished=len(results),
         planned=len(ROWS),

@@ -8,13 +8,13 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from to_finetune import __version__
 from to_finetune.errors import UsageError
 from to_finetune.files import write_whole
 from to_finetune.optim.slopes import SAMPLE
+from to_finetune.pages import template
 from to_finetune.planning import format_size
 from to_finetune.report.charts import Chart, Series, curves
 from to_finetune.report.maps import Grid, slopes_view, subset_grid
@@ -55,18 +55,10 @@ def write_report(runs: Sequence[Path], path: Path) -> None:
 
 def html(runs: Sequence[RunData]) -> str:
     """The page; the first run is the baseline of the others."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["breakable"] = _breakable
     labels = _labels(runs)
     views = [_view(run, label, i) for i, (run, label) in enumerate(zip(runs, labels, strict=True))]
     loss, *others = _charts(runs, views)
-    return environment.get_template("page.html").render(
+    return template(Path(__file__).with_name("page.html"), breakable=_breakable).render(
         title=_title(runs),
         runs=views,
         several=len(runs) > 1,

@@ -1,0 +1,21 @@
+"""Pages from templates: everything that is put in is escaped, and what is missing is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+
+def template(file: Path, **filters: Callable[..., str]) -> Template:
+    """The Jinja template in `file`, with `filters` beside Jinja's own."""
+    environment = Environment(
+        loader=FileSystemLoader(file.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(filters)
+    return environment.get_template(file.name)
