@@ -17,7 +17,7 @@ def check_packing(model: Any, collate: Callable[[list[dict[str, Any]]], dict[str
     """Refuse a model whose second example of a row sees the first: its logits then depend on it.
 
     Most models of `transformers` read the borders from the positions, which begin again at each, and mask or part the
-    attention there; OPT, Falcon, BLOOM, Mamba and others do not, and say nothing.
+    attention there; some of every release (OPT's, Mamba's) do not, and say nothing.
 
     Args:
         model: a causal language model, called twice with eight tokens.
