@@ -12,11 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
-from trl.trainer.utils import add_fused_lm_head
 
 from to_finetune.model import select_trainable
 from to_finetune.model.adapters import lora_config, with_adapters
 from to_finetune.planning import Workload
+
+try:
+    from trl.trainer.utils import add_fused_lm_head
+except ImportError:  # an older TRL, whose loss is the model's own
+    add_fused_lm_head = None
 
 
 def allocated_at_most(function: Callable[[], Any]) -> int:
@@ -53,8 +57,9 @@ def real_model(work: Workload) -> Any:
     if work.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()
-    base = model.get_base_model() if work.lora else model
-    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    if add_fused_lm_head:
+        base = model.get_base_model() if work.lora else model
+        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     return model.train()
 
 
@@ -94,6 +99,14 @@ def base_bytes(model: nn.Module) -> int:
     return sum(t.nbytes for t in (*frozen, *(t for q in nf4 for t in (q.absmax, q.code)), *int8))
 
 
+def loss_of(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """As TRL's SFTTrainer computes it."""
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids, "use_cache": False}
+    if add_fused_lm_head is None:
+        return model(**batch).loss
+    return -model(**batch, fused_lm_head=True).log_probs.sum() / 100
+
+
 def take_gradients(model: Any, work: Workload) -> Callable[[], None]:
     """A micro-batch's forward and backward, of rows of which one is padded."""
     vocabulary = work.model.config.get_text_config().vocab_size
@@ -104,9 +117,7 @@ def take_gradients(model: Any, work: Workload) -> Callable[[], None]:
 
     def run() -> None:
         with precision or nullcontext():
-            outputs = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False, fused_lm_head=True)
-            loss = -outputs.log_probs.sum() / 100
-            del outputs
+            loss = loss_of(model, ids, mask)
         loss.backward()
 
     return run
