@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
-from to_finetune.errors import RunError
+from to_finetune.errors import RunError, UsageError
 from to_finetune.model import save_trained, select_trainable
 from to_finetune.training.callbacks import StopOnNonFinite
+from to_finetune.training.record import RunRecord
 
 from .helpers import Run, assert_same_bits
 
@@ -97,6 +98,16 @@ def test_a_second_signal_stops_at_once(finetune: Finetune, tmp_path: Path) -> No
         {"unfrozen_parameters": [r"layers\.2\."]},
         {"learning_rate": 0.5},
         {"weight_decay": 0.5},
+        {"dataset_name": "other.jsonl"},
+        {"dataset_weights": [1.0]},
+        {"dataset_streaming": True},
+        {"dataset_config": "main"},
+        {"dataset_train_split": "train[:20]"},
+        {"val_set_size": 4},
+        {"max_length": 100},
+        {"packing": True},
+        {"seed": 7},
+        {"data_seed": 7},
     ],
     ids=lambda other: next(iter(other)),
 )
@@ -106,8 +117,22 @@ def test_resuming_with_other_settings_is_refused(
     """What the checkpoint would override, or could not be loaded onto."""
     before = {file: file.read_bytes() for file in stopped.folder.rglob("*") if file.is_file()}
     assert finetune(stopped.folder, max_steps=STEPS, resume_from_checkpoint=True, **other).code == 2
-    assert f"{next(iter(other))}=" in capsys.readouterr().err
+    assert f"the run in {str(stopped.folder)!r} had {next(iter(other))}=" in capsys.readouterr().err
     assert {file: file.read_bytes() for file in stopped.folder.rglob("*") if file.is_file()} == before
+
+
+def test_one_value_may_stand_as_a_list_or_in_quotes(tmp_path: Path) -> None:
+    """As in a config.yaml that was written by hand; the batch of each process may be another."""
+    (tmp_path / "config.yaml").write_text(
+        "dataset_name: rows.jsonl\ndataset_weights: 1.0\nseed: '42'\noptim_args: {alpha: 0.1, beta: 0.2}\n"
+        "max_length: null\nper_device_train_batch_size: 8\n"
+    )
+    now = {"dataset_name": ["rows.jsonl"], "dataset_weights": [1.0], "seed": 42, "max_length": None}
+    now |= {"optim_args": {"beta": 0.2, "alpha": 0.1}, "per_device_train_batch_size": 4}
+    RunRecord(str(tmp_path), now).check_folder("true")
+    for other in ({"dataset_name": ["rows.jsonl", "more.jsonl"]}, {"optim_args": {"alpha": 0.1}}, {"max_length": 9}):
+        with pytest.raises(UsageError, match=f"had {next(iter(other))}="):
+            RunRecord(str(tmp_path), now | other).check_folder("true")
 
 
 def test_a_folder_with_a_run_is_refused(finetune: Finetune, stopped: Run, capsys: pytest.CaptureFixture[str]) -> None:

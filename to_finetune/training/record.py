@@ -37,6 +37,16 @@ MUST_AGREE = (
     "optim_args",
     "learning_rate",
     "weight_decay",
+    "dataset_name",
+    "dataset_weights",
+    "dataset_streaming",
+    "dataset_config",
+    "dataset_train_split",
+    "val_set_size",
+    "max_length",
+    "packing",
+    "seed",
+    "data_seed",
 )
 
 
@@ -69,7 +79,7 @@ class RunRecord:
             return
         if saved.exists():
             before = yaml.safe_load(saved.read_text(encoding="utf-8"))
-            differing = [key for key in MUST_AGREE if before.get(key) != self.config.get(key)]
+            differing = [key for key in MUST_AGREE if _words(before.get(key)) != _words(self.config.get(key))]
             if differing:
                 raise UsageError(
                     f"resume_from_checkpoint: the run in {str(self.folder)!r} had "
@@ -87,6 +97,11 @@ class RunRecord:
         """Add to run.json."""
         self.values.update(values)
         write_whole(self.folder / "run.json", json.dumps(self.values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _words(value: Any) -> list[Any]:
+    """As typed: in a file one value may stand as a list of one, or a number in quotes."""
+    return [item if isinstance(item, dict) else str(item) for item in (value if isinstance(value, list) else [value])]
 
 
 def was_restarted() -> bool:
