@@ -1,0 +1,237 @@
+"""TO against well-tuned optimizers: small pretrained Llamas, four trained parts, instructions of Alpaca.
+
+    python scripts/study/study.py DATA_DIR [--cells 1M/last2 5M/lora ...] [--methods adamw diagonal_to ...]
+
+Each method of a cell (a base model and a trained part) gets the same trials on seed 0: three values of lr, a factor of
+three apart, more at an end while the best is there, then two between; the best by held-out loss is trained on three
+other seeds, and on seed 0 at three times and a third of it. Every run is what `finetune.py` does with the same flags,
+without its pages. Each leaves a line in results/CELL.jsonl; what is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import base_models
+import datasets
+import torch
+import transformers
+from optimizers import MuonAndAdamW
+from transformers import PrinterCallback, ProgressCallback
+
+from to_finetune.data import load_data
+from to_finetune.errors import RunError
+from to_finetune.files import write_whole
+from to_finetune.machine import machine
+from to_finetune.training.arguments import parse_arguments
+from to_finetune.training.callbacks import StopOnNonFinite
+from to_finetune.training.prepare import prepare_data, prepare_model, prepare_trainer
+from to_finetune.training.proofs import unwrapped
+from to_finetune.training.trainer import TOSFTTrainer
+
+RESULTS = Path(__file__).parent / "results"
+TUNING_SEED, SEEDS = 0, (1, 2, 3)
+STEP = math.sqrt(3)  # between neighbouring values of lr
+WIDENINGS = 4  # at most
+PARTS = {
+    "last2": "--unfrozen_last_layers 2",
+    "qv": "--unfrozen_modules q_proj v_proj",
+    "all": "",
+    "lora": "--use_peft true --lora_r 8 --lora_alpha 16 --lora_dropout 0 --lora_target_modules all-linear",
+}
+MAX_LENGTH = {"stories260k": 192, "1M": 128, "5M": 128}  # tokens; stories260k's are half as long
+CELLS = [f"{model}/{part}" for model in MAX_LENGTH for part in PARTS]
+PROTOCOL = """--dataset_train_split train[:4000] --val_set_size 200 --per_device_train_batch_size 8
+    --per_device_eval_batch_size 32 --max_steps 100 --lr_scheduler_type cosine --warmup_steps 3 --max_grad_norm 1.0
+    --weight_decay 0 --logging_steps 1 --save_strategy no --report_to none --disable_tqdm true --use_cpu true
+    --dtype float32"""
+
+
+class Method(NamedTuple):
+    title: str
+    optim: str
+    lr: float  # the middle of the first values on stories260k
+    options: str = ""
+
+
+EXACT = "relative_alpha=False,grad_scale=None"
+METHODS = {
+    "adamw": Method("AdamW", "adamw_torch", 3e-3),
+    "momentum_rms": Method("Momentum, rms gradients", "diagonal_to", 6e-3, "alpha=0.0"),
+    "diagonal_to": Method("Diagonal TO, both options", "diagonal_to", 6e-3),
+    "rank_one_to": Method("RankOne TO, both options", "rank_one_to", 6e-3),
+    "sgd": Method("SGD with momentum", "sgd", 0.1, "momentum=0.9"),
+    "adafactor": Method("Adafactor", "adafactor", 3e-3),
+    "lion": Method("Lion", "lion_32bit", 3e-4),
+    "muon": Method("Muon", "muon", 3e-3),
+    "diagonal_to_exact": Method("Diagonal TO, the paper's", "diagonal_to", 1.0, f"alpha=0.1,gamma_max=None,{EXACT}"),
+    "diagonal_to_relative": Method("Diagonal TO, relative alpha", "diagonal_to", 1.0, "grad_scale=None"),
+    "diagonal_to_rms": Method("Diagonal TO, rms gradients", "diagonal_to", 6e-3, "relative_alpha=False"),
+    "rank_one_to_exact": Method(
+        "RankOne TO, the paper's", "rank_one_to", 1.0, f"alpha=0.01,gamma_max=None,scope=group,{EXACT}"
+    ),
+    "rank_one_to_relative": Method("RankOne TO, relative alpha", "rank_one_to", 1.0, "grad_scale=None"),
+    "rank_one_to_rms": Method("RankOne TO, rms gradients", "rank_one_to", 6e-3, "relative_alpha=False"),
+}
+START = {"stories260k": 1.0, "1M": 0.5, "5M": 0.3, "lora": 2.0}  # of the middle: a guess, the grid goes where it must
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_dir", type=Path, help="has alpaca_data.json, user_oriented_instructions.jsonl, ...")
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=CELLS, metavar="CELL", help=", ".join(CELLS))
+    names = ", ".join(METHODS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=names)
+    arguments = parser.parse_args()
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    for cell in arguments.cells:
+        runs = Runs(cell, arguments.data_dir)
+        for method in arguments.methods:
+            compare(runs, method)
+
+
+def compare(runs: Runs, method: str) -> None:
+    """All runs of a method in a cell."""
+    best = tune(runs, method)
+    if best is None:
+        print(f"{runs.cell} {method}: every rate diverges")
+        return
+    for around in (best - 2, best + 2):
+        runs.loss(method, around)
+    for seed in SEEDS:
+        runs.loss(method, best, seed)
+
+
+def tune(runs: Runs, method: str) -> int | None:
+    """The exponent of the best lr, which is ``middle * STEP**exponent``; None where every run diverged."""
+    tried = {k: runs.loss(method, k) for k in (-2, 0, 2)}
+
+    def best() -> int:
+        return min(tried, key=lambda k: tried[k])
+
+    for _ in range(WIDENINGS):
+        ends = {min(tried): min(tried) - 2, max(tried): max(tried) + 2}
+        if best() not in ends:
+            break
+        further = ends[best()] if math.isfinite(tried[best()]) else min(tried) - 2
+        tried[further] = runs.loss(method, further)
+    middle = best()
+    for k in (middle - 1, middle + 1):
+        tried[k] = runs.loss(method, k)
+    return best() if math.isfinite(tried[best()]) else None
+
+
+class Runs:
+    """The finished runs of a cell, a line each in its file, and those that are missing."""
+
+    def __init__(self, cell: str, data_dir: Path) -> None:
+        self.cell, self.data_dir = cell, data_dir
+        self.model, self.part = cell.split("/")
+        self.base = base_models.made(self.model, data_dir)
+        self.path = RESULTS / f"{self.model}-{self.part}.jsonl"
+        bits = hashlib.sha256((self.base / "model.safetensors").read_bytes()).hexdigest()[:16]
+        head = {"cell": cell, "base_sha256": bits, "protocol": " ".join(PROTOCOL.split()), "part": PARTS[self.part]}
+        if not self.path.exists():
+            self.path.parent.mkdir(exist_ok=True)
+            self.path.write_text(json.dumps({**head, "machine": machine()}) + "\n", encoding="utf-8")
+        first, *lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        if {key: first[key] for key in head} != head:
+            raise SystemExit(f"error: {self.path} has runs of another protocol or base model: move it away.")
+        self.done = {(run["method"], run["lr"], run["seed"]): run for run in lines}
+
+    def loss(self, method: str, exponent: int, seed: int = TUNING_SEED) -> float:
+        """The held-out loss of a run, infinite if it diverged."""
+        middle = METHODS[method].lr * START[self.model] * START.get(self.part, 1.0)
+        lr = float(f"{middle * STEP**exponent:.3g}")
+        key = method, lr, seed
+        if key not in self.done:
+            began = time.perf_counter()
+            result = train(
+                self.base, self.data_dir, PARTS[self.part], MAX_LENGTH[self.model], METHODS[method], lr, seed
+            )
+            run = {"method": method, "lr": lr, "seed": seed, **result}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(run) + "\n")
+            self.done[key] = run
+            print(
+                f"{self.cell} {method} lr {lr:g} seed {seed}: {run['alpaca']} in {time.perf_counter() - began:.0f} s",
+                flush=True,
+            )
+        return self.done[key]["alpaca"] or math.inf
+
+
+def train(
+    base: Path, data_dir: Path, part: str, max_length: int, method: Method, lr: float, seed: int
+) -> dict[str, Any]:
+    """One run: held-out losses (None if it diverged), every step's training loss, seconds a step, bytes of state."""
+    with TemporaryDirectory() as folder:
+        flags = f"""{PROTOCOL} {part} --max_length {max_length} --model_name_or_path {base} --learning_rate {lr}
+            --dataset_name {data_dir / "alpaca_data.json"} --seed {seed} --output_dir {folder}
+            --optim {"adamw_torch" if method.optim == "muon" else method.optim}"""
+        options = ["--optim_args", method.options] if method.options else []
+        trainer = prepared([*flags.split(), *options], data_dir)
+        if method.optim == "muon":
+            trainer.optimizer = MuonAndAdamW(trainer.model, lr)
+            trainer.engagement.expected = MuonAndAdamW
+        try:
+            trainer.train()
+            losses = trainer.evaluate()
+        except RunError as error:
+            if "diverged" not in str(error):
+                raise
+            losses = {}
+    history = trainer.state.log_history
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    seconds = next((row["train_runtime"] for row in history if "train_runtime" in row), None)
+    finite = all(math.isfinite(loss) for loss in losses.values())
+    return {
+        "alpaca": round(losses["eval_alpaca_loss"], 5) if losses and finite else None,
+        "user": round(losses["eval_user_loss"], 5) if losses and finite else None,
+        "curve": [round(row["loss"], 4) for row in history if "loss" in row and math.isfinite(row["loss"])],
+        "seconds_a_step": seconds and round(seconds / trainer.state.max_steps, 4),
+        "state_bytes_a_weight": round(state_bytes(unwrapped(trainer.optimizer)) / trained, 2),
+    }
+
+
+def prepared(flags: Sequence[str], data_dir: Path) -> TOSFTTrainer:
+    """The trainer of a run, with two held-out sets: Alpaca's own and the user-oriented instructions."""
+    model_args, data_args, args = parse_arguments(flags)
+    model, tokenizer, _ = prepare_model(model_args, args)
+    rows, held_out = prepare_data(data_args, args, tokenizer)
+    user = load_data([str(user_oriented(data_dir))]).train
+    trainer = prepare_trainer(model, tokenizer, args, rows, {"alpaca": held_out, "user": user})
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(StopOnNonFinite())
+    return trainer
+
+
+def user_oriented(data_dir: Path) -> Path:
+    """The user-oriented instructions as rows of Alpaca's form."""
+    path = base_models.MODELS_DIR / "user_oriented.jsonl"
+    if path.exists():
+        return path
+    lines = (data_dir / "user_oriented_instructions.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [{"instruction": row["instruction"], **row["instances"][0]} for row in map(json.loads, lines)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    if isinstance(optimizer, MuonAndAdamW):
+        return sum(x.nbytes for x in optimizer.state_tensors())
+    return sum(x.nbytes for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""The study's tables and figures, from the runs in results/.
+
+    python scripts/study/tables.py
+
+Writes results/tables.md, curves.svg and sensitivity.svg (and PNGs of both, to look at).
+"""
+
+# mypy: disable-error-code="import-untyped"
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+import matplotlib
+from scipy.stats import ttest_rel
+from study import CELLS, METHODS, RESULTS, SEEDS, TUNING_SEED
+
+from to_finetune.files import write_whole
+from to_finetune.report.plot import COLOURS
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+FIRST = 0.2  # of the steps: the speed of the start
+REFERENCE = "adamw"
+DRAWN = ("adamw", "momentum_rms", "diagonal_to", "rank_one_to", "muon", "lion")
+Run = dict[str, Any]
+
+
+class Judged(NamedTuple):
+    """A method in a cell: its runs at the rate that won on seed 0, of the other seeds, and all of seed 0 by rate."""
+
+    lr: float
+    runs: list[Run]
+    tuning: dict[float, Run]
+
+    def mean(self, measure: str) -> float | None:
+        """None where a seed diverged."""
+        values = [measured(run, measure) for run in self.runs]
+        return None if None in values else fmean(value for value in values if value is not None)
+
+
+def main() -> None:
+    cells = {cell: judged(cell) for cell in CELLS}
+    cells = {cell: methods for cell, methods in cells.items() if methods}
+    write_whole(RESULTS / "tables.md", "\n\n".join(tables(cells)) + "\n")
+    curves(cells)
+    sensitivity(cells)
+    print((RESULTS / "tables.md").read_text(encoding="utf-8"))
+
+
+def judged(cell: str) -> dict[str, Judged]:
+    """The methods of a cell whose runs are all there."""
+    path = RESULTS / f"{cell.replace('/', '-')}.jsonl"
+    if not path.exists():
+        return {}
+    by_method: dict[str, list[Run]] = defaultdict(list)
+    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
+        run = json.loads(line)
+        by_method[run["method"]].append(run)
+    found = {}
+    for method in METHODS:
+        tuning = {run["lr"]: run for run in by_method[method] if run["seed"] == TUNING_SEED}
+        finished = {lr: run["alpaca"] for lr, run in tuning.items() if run["alpaca"] is not None}
+        if not finished:
+            continue
+        lr = min(finished, key=lambda lr: finished[lr])
+        runs = [run for run in by_method[method] if run["lr"] == lr and run["seed"] in SEEDS]
+        if len(runs) == len(SEEDS):
+            runs.sort(key=lambda run: run["seed"])
+            found[method] = Judged(lr, runs, dict(sorted(tuning.items())))
+    return found
+
+
+def measured(run: Run, measure: str) -> float | None:
+    """The held-out loss on "alpaca" or "user", the mean training loss ("train") or that of the "first" steps."""
+    if run["alpaca"] is None or measure in ("alpaca", "user"):
+        return run[measure] if run["alpaca"] is not None else None
+    losses = run["curve"]
+    return fmean(losses if measure == "train" else losses[: round(FIRST * len(losses))])
+
+
+def tables(cells: dict[str, dict[str, Judged]]) -> list[str]:
+    """Markdown: the held-out losses of all cells beside AdamW's, then a table of each cell."""
+    methods = [method for method in METHODS if any(method in found for found in cells.values())]
+    summary = [
+        "| held-out loss | " + " | ".join(METHODS[method].title for method in methods) + " |",
+        "|---|" + "---:|" * len(methods),
+    ]
+    for cell, found in cells.items():
+        summary.append(f"| {cell} | " + " | ".join(against(found, method) for method in methods) + " |")
+    parts = ["\n".join(summary)]
+    for cell, found in cells.items():
+        rows = [
+            f"**{cell}**\n",
+            "| method | lr | held out | user-oriented | training, mean | first fifth | at lr / 3 | at 3 lr | ms a step "
+            "| state, bytes a weight |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+        for method, one in found.items():
+            losses = [spread(one.runs, measure) for measure in ("alpaca", "user", "train", "first")]
+            near = [nearby(one, factor) for factor in (1 / 3, 3.0)]
+            times = [run["seconds_a_step"] for run in one.runs if run["seconds_a_step"]]
+            ms = f"{1e3 * fmean(times):.0f}" if times else ""
+            cells_ = [METHODS[method].title, f"{one.lr:.2g}", *losses, *near, ms]
+            rows.append(f"| {' | '.join(cells_)} | {one.runs[0]['state_bytes_a_weight']} |")
+        parts.append("\n".join(rows))
+    return parts
+
+
+def against(found: dict[str, Judged], method: str) -> str:
+    """AdamW's loss, or how far a method's is from it in percent; stars for the paired t-test over the seeds."""
+    if method not in found:
+        return ""
+    mean, reference = found[method].mean("alpaca"), found[REFERENCE].mean("alpaca")
+    if mean is None or reference is None:
+        return "diverged"
+    if method == REFERENCE:
+        return f"{mean:.3f}"
+    pairs = [[run["alpaca"] for run in found[name].runs] for name in (method, REFERENCE)]
+    p = float(ttest_rel(*pairs).pvalue)
+    stars = next((marks for limit, marks in ((0.001, r"\*\*\*"), (0.01, r"\*\*"), (0.05, r"\*")) if p < limit), "")
+    return f"{100 * (mean / reference - 1):+.2f} %{stars}"
+
+
+def spread(runs: list[Run], measure: str) -> str:
+    values = [value for run in runs if (value := measured(run, measure)) is not None]
+    return f"{fmean(values):.3f} ± {stdev(values):.3f}" if len(values) == len(runs) else "diverged"
+
+
+def nearby(one: Judged, factor: float) -> str:
+    """How much higher the held-out loss of seed 0 is at `factor` times the best rate."""
+    lr = next((lr for lr in one.tuning if abs(lr / (factor * one.lr) - 1) < 0.02), None)
+    if lr is None:
+        return ""
+    loss = one.tuning[lr]["alpaca"]
+    return "diverged" if loss is None else f"{loss - one.tuning[one.lr]['alpaca']:+.3f}"
+
+
+def panels(cells: dict[str, dict[str, Judged]]) -> tuple[Any, list[Any]]:
+    rows = -(-len(cells) // 4)
+    figure, axes = plt.subplots(rows, 4, figsize=(11, 2.5 * rows + 0.4), layout="constrained", squeeze=False)
+    flat = [ax for row in axes for ax in row]
+    for ax, cell in zip(flat, cells, strict=False):
+        ax.set_title(cell, loc="left", fontsize=9)
+        ax.grid(color="#dddddd", linewidth=0.6)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=7)
+    for ax in flat[len(cells) :]:
+        ax.set_visible(False)
+    return figure, flat
+
+
+def curves(cells: dict[str, dict[str, Judged]]) -> None:
+    """Training losses, smoothed over ten steps: the mean over the seeds, their range as a band."""
+    figure, axes = panels(cells)
+    for ax, found in zip(axes, cells.values(), strict=False):
+        for method, colour in zip(DRAWN, COLOURS, strict=True):
+            if method in found and found[method].mean("alpaca") is not None:
+                lines = [smoothed(run["curve"]) for run in found[method].runs]
+                steps = range(10, 10 + len(lines[0]))
+                ax.plot(steps, [fmean(at) for at in zip(*lines, strict=True)], color=colour, linewidth=1.3)
+                low, high = ([f(at) for at in zip(*lines, strict=True)] for f in (min, max))
+                ax.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
+    finish(figure, cells, "step", "training loss, mean of ten steps", "curves")
+
+
+def smoothed(losses: list[float], width: int = 10) -> list[float]:
+    return [fmean(losses[i : i + width]) for i in range(len(losses) - width + 1)]
+
+
+def sensitivity(cells: dict[str, dict[str, Judged]]) -> None:
+    """The held-out loss of seed 0 over the rate, each method's in units of its best."""
+    figure, axes = panels(cells)
+    for ax, found in zip(axes, cells.values(), strict=False):
+        best = min(run["alpaca"] for one in found.values() for run in one.tuning.values() if run["alpaca"])
+        for method, colour in zip(DRAWN, COLOURS, strict=True):
+            if method in found:
+                one = found[method]
+                points = [(lr / one.lr, run["alpaca"]) for lr, run in one.tuning.items() if run["alpaca"] is not None]
+                ax.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1.2, markersize=3)
+        ax.set(xscale="log", ylim=(0.995 * best, 1.12 * best), xlim=(0.2, 5))
+    finish(figure, cells, "rate / the method's best rate", "held-out loss, seed 0", "sensitivity")
+
+
+def finish(figure: Any, cells: dict[str, dict[str, Judged]], x: str, y: str, name: str) -> None:
+    there = [method for method in DRAWN if any(method in found for found in cells.values())]
+    handles = [plt.Line2D([], [], color=COLOURS[DRAWN.index(m)], label=METHODS[m].title) for m in there]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(there), frameon=False, fontsize=8)
+    figure.supxlabel(x, fontsize=9)
+    figure.supylabel(y, fontsize=9)
+    figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None})
+    figure.savefig(RESULTS / f"{name}.png", dpi=150)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
