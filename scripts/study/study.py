@@ -3,8 +3,8 @@
     python scripts/study/study.py DATA_DIR [--cells 1M/last2 5M/lora ...] [--methods adamw diagonal_to ...]
 
 Each method of a cell (a base model and a trained part) gets the same trials on seed 0: three values of lr, a factor of
-three apart, more at an end while the best is there, then two between; the best by held-out loss is trained on three
-other seeds, and on seed 0 at three times and a third of it. Every run is what `finetune.py` does with the same flags,
+three apart, more at an end while the best is there, then two between, then three times and a third of the best; the
+best by held-out loss is trained on three other seeds. Every run is what `finetune.py` does with the same flags,
 without its pages. Each leaves a line in results/CELL.jsonl; what is there is not run again.
 """
 
@@ -105,8 +105,6 @@ def compare(runs: Runs, method: str) -> None:
     if best is None:
         print(f"{runs.cell} {method}: every rate diverges")
         return
-    for around in (best - 2, best + 2):
-        runs.loss(method, around)
     for seed in SEEDS:
         runs.loss(method, best, seed)
 
@@ -125,8 +123,10 @@ def tune(runs: Runs, method: str) -> int | None:
         further = ends[best()] if math.isfinite(tried[best()]) else min(tried) - 2
         tried[further] = runs.loss(method, further)
     middle = best()
-    for k in (middle - 1, middle + 1):
-        tried[k] = runs.loss(method, k)
+    tried |= {k: runs.loss(method, k) for k in (middle - 1, middle + 1)}
+    while not {best() - 2, best() + 2} <= tried.keys():
+        middle = best()
+        tried |= {k: runs.loss(method, k) for k in (middle - 2, middle + 2)}
     return best() if math.isfinite(tried[best()]) else None
 
 

@@ -1,0 +1,129 @@
+"""The study's own parts: how it tunes, its Muon, its tables, and that its committed results are what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+STUDY = Path(__file__).parent.parent / "scripts" / "study"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable() -> Iterator[None]:
+    sys.path.insert(0, str(STUDY))
+    yield
+    sys.path.remove(str(STUDY))
+
+
+class Losses:
+    """Stands for `study.Runs`: the loss is a function of the exponent, infinite from `diverges` on."""
+
+    cell = "a/cell"
+
+    def __init__(self, best: float, diverges: float = math.inf) -> None:
+        self.best, self.diverges = best, diverges
+        self.asked: list[tuple[int, int]] = []
+
+    def loss(self, method: str, exponent: int, seed: int = 0) -> float:
+        if (exponent, seed) not in self.asked:
+            self.asked.append((exponent, seed))
+        return abs(exponent - self.best) if exponent < self.diverges else math.inf
+
+
+@pytest.mark.parametrize("best", [-7.2, -3, -1, 0, 1.4, 2, 5])
+def test_the_best_rate_is_found_wherever_it_is(best: float) -> None:
+    from study import tune
+
+    runs = Losses(best)
+    found = tune(runs, "adamw")  # type: ignore[arg-type]
+    assert found == round(best)
+    tried = [exponent for exponent, _ in runs.asked]
+    assert min(tried) < found < max(tried)
+
+
+def test_rates_that_diverge_are_left() -> None:
+    from study import tune
+
+    assert tune(Losses(best=-4, diverges=-3), "adamw") == -4  # type: ignore[arg-type]
+    assert tune(Losses(best=0, diverges=-100), "adamw") is None  # type: ignore[arg-type]
+
+
+def test_the_best_rate_is_judged_on_the_other_seeds_and_its_neighbours_are_known() -> None:
+    from study import SEEDS, compare
+
+    runs = Losses(best=1)
+    compare(runs, "adamw")  # type: ignore[arg-type]
+    assert {(1, seed) for seed in SEEDS} | {(-1, 0), (3, 0)} <= set(runs.asked)
+
+
+def test_muon_is_torchs_on_the_layers_matrices_and_adamw_on_the_rest() -> None:
+    from optimizers import MuonAndAdamW
+
+    def model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(6, 4)
+        return torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer])})})
+
+    ours, theirs = model(), model()
+    optimizer = MuonAndAdamW(ours, lr=0.1)
+    layer: Any = theirs.get_submodule("model.layers.0")
+    parts = [
+        torch.optim.Muon([layer.weight], lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([layer.bias], lr=0.1, weight_decay=0.0),
+    ]
+    for lr in (0.1, 0.05, 0.02):  # as a scheduler sets them
+        for group in [*optimizer.param_groups, *(part.param_groups[0] for part in parts)]:
+            group["lr"] = lr
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        for part in parts:
+            part.step()
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_table_compares_with_adamw_over_the_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tables
+
+    def run(method: str, lr: float, seed: int, loss: float | None) -> dict[str, Any]:
+        curve = [5.0, 4.0, 3.0, 3.0, 3.0]
+        return {"method": method, "lr": lr, "seed": seed, "alpaca": loss, "user": loss, "curve": curve} | {
+            "seconds_a_step": 0.1,
+            "state_bytes_a_weight": 8.0,
+        }
+
+    rows = [run("adamw", lr, 0, loss) for lr, loss in ((0.1, 2.2), (0.3, 2.0), (0.9, None))]
+    rows += [run("adamw", 0.3, seed, 2.0 + seed / 100) for seed in (1, 2, 3)]
+    rows += [run("diagonal_to", lr, 0, loss) for lr, loss in ((1.0, 2.0), (3.0, 1.9), (9.0, 2.1))]
+    rows += [run("diagonal_to", 3.0, seed, 1.8 + 2 * seed / 100) for seed in (1, 2, 3)]
+    lines = [{"cell": "1M/qv"}, *rows]
+    (tmp_path / "1M-qv.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    tables.main()
+    text = (tmp_path / "tables.md").read_text()
+    # 1.84 / 2.02 - 1; the paired differences are -0.19, -0.18, -0.17: t = -31.2, p = 0.001
+    assert "| 1M/qv | 2.020 | -8.91 %\\*\\* |" in text
+    losses = "2.020 ± 0.010 | 2.020 ± 0.010 | 3.600 ± 0.000 | 5.000 ± 0.000"
+    assert f"| AdamW | 0.3 | {losses} | +0.200 | diverged | 100 | 8.0 |" in text
+    assert (tmp_path / "curves.svg").stat().st_size > 1000
+
+
+RESULTS = sorted((STUDY / "results").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
+def test_no_winner_of_the_committed_results_stands_at_an_edge(path: Path) -> None:
+    from tables import judged
+
+    for method, one in judged(path.stem.replace("-", "/")).items():
+        assert min(one.tuning) < one.lr < max(one.tuning), method
+        assert len({run["seed"] for run in one.runs}) == 3
