@@ -91,6 +91,27 @@ def test_muon_is_torchs_on_the_layers_matrices_and_adamw_on_the_rest() -> None:
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("ideas", [{}, {"momentum": 0.0, "clip": 1e9}], ids=["none", "idle"])
+def test_a_to_without_ideas_is_diagonal_to(ideas: dict[str, float]) -> None:
+    from optimizers import IdeaTO
+
+    from to_finetune import DiagonalTO
+
+    torch.manual_seed(0)
+    start = torch.randn(5, 7, dtype=torch.float64)
+    start[0, 0] = 0
+    ours, theirs = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    options = {"alpha": 0.3, "beta": 0.1, "relative_alpha": True, "grad_scale": "rms"}
+    pair = IdeaTO([ours], lr=0.05, **ideas), DiagonalTO([theirs], lr=0.05, **options)  # type: ignore[arg-type]
+    for _ in range(20):
+        ours.grad = torch.randn_like(start)
+        theirs.grad = ours.grad.clone()
+        for optimizer in pair:
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert not torch.equal(ours.detach(), start)
+
+
 def test_a_table_compares_with_adamw_over_the_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tables
 

@@ -1,13 +1,15 @@
-"""Optimizers of the study that Hugging Face's `optim` has no name for, from torch's parts."""
+"""Optimizers of the study that Hugging Face's `optim` has no name for: Muon from torch's parts, and ideas for TO."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
+
+from to_finetune.optim.rules import SMALLEST_DIVISOR
 
 
 class MuonAndAdamW(Optimizer):
@@ -33,5 +35,69 @@ class MuonAndAdamW(Optimizer):
             part.param_groups[0]["lr"] = group["lr"]
             part.step()
 
-    def state_tensors(self) -> list[torch.Tensor]:
+    def state_tensors(self) -> list[Tensor]:
         return [x for part in self.parts for state in part.state.values() for x in state.values()]
+
+
+class IdeaTO(Optimizer):
+    """Diagonal TO with both options, plain and slow, and with one idea more; without ideas it is `DiagonalTO`.
+
+    Args:
+        centre: "start" or "mean": the slope multiplies ``w - c``, c the weights at the start, or their running mean of
+            rate beta, instead of w. While w hardly moves, ``a w`` and b cannot be told apart; ``a (w - c)`` and b can.
+        rows: each row of a matrix has its own rms, of the gradient and for alpha, instead of its tensor's.
+        warm: beta is ``max(beta, 1/(t + 1))`` in step t = 0, 1, ..., so that the estimate is a mean from the start.
+        momentum: the step is taken along a running mean of G with this factor.
+        clip: the residual is clipped to so many times its tensor's rms.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        alpha: float = 0.3,
+        beta: float = 0.1,
+        centre: str = "",
+        rows: bool = False,
+        warm: bool = False,
+        momentum: float = 0.0,
+        clip: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr})
+        self.alpha, self.beta, self.centre, self.rows = alpha, beta, centre, rows
+        self.warm, self.momentum, self.clip = warm, momentum, clip
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        assert closure is None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._step(p, self.state[p], group["lr"])
+
+    def _step(self, w: Tensor, state: dict[str, Any], lr: float) -> None:
+        if not state:
+            zeros = {name: torch.zeros_like(w) for name in ("a", "b", "m")}
+            state |= {"t": 0, "c": w.clone() if self.centre else torch.zeros_like(w), **zeros}
+        assert w.grad is not None
+        beta = max(self.beta, 1 / (state["t"] + 1)) if self.warm else self.beta
+        g, x = w.grad / self._rms(w.grad), w - state["c"]
+        unit = self._rms(x).square()
+        gain = torch.where(unit > SMALLEST_DIVISOR, self.alpha * x * x / unit, 0.0).clamp(max=max(1 - beta, 0.0))
+        residual = state["a"] * x + state["b"] - g
+        if self.clip:
+            bound = self.clip * self._rms(residual)
+            residual = residual.clamp(-bound, bound)
+        state["a"] -= torch.where(x != 0, gain / x, 0.0) * residual
+        state["b"] -= beta * residual
+        G = state["a"] * x + state["b"]
+        if self.momentum:
+            G = state["m"].mul_(self.momentum).add_(G, alpha=1 - self.momentum)
+        w -= lr * G
+        if self.centre == "mean":
+            state["c"].lerp_(w, self.beta)
+        state["t"] += 1
+
+    def _rms(self, x: Tensor) -> Tensor:
+        mean = x.square().mean(-1, keepdim=True) if self.rows and x.ndim == 2 else x.square().mean()
+        return mean.sqrt().clamp(min=SMALLEST_DIVISOR)

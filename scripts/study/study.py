@@ -24,7 +24,9 @@ import base_models
 import datasets
 import torch
 import transformers
-from optimizers import MuonAndAdamW
+from optimizers import IdeaTO, MuonAndAdamW
+from torch import nn
+from torch.optim import Optimizer
 from transformers import PrinterCallback, ProgressCallback
 
 from to_finetune.data import load_data
@@ -81,6 +83,19 @@ METHODS = {
     "rank_one_to_relative": Method("RankOne TO, relative alpha", "rank_one_to", 1.0, "grad_scale=None"),
     "rank_one_to_rms": Method("RankOne TO, rms gradients", "rank_one_to", 6e-3, "relative_alpha=False"),
 }
+IDEAS: dict[str, dict[str, Any]] = {  # options of `IdeaTO`
+    "centred on the start": {"centre": "start"},
+    "centred on the running mean": {"centre": "mean"},
+    "rows": {"rows": True},
+    "warm beta": {"warm": True},
+    "momentum on the step": {"momentum": 0.5},
+    "clipped residual": {"clip": 2.0},
+    "beta 0.05": {"beta": 0.05},
+    "beta 0.2": {"beta": 0.2},
+    "alpha 0.1": {"alpha": 0.1},
+    "alpha 1": {"alpha": 1.0},
+}
+METHODS |= {name: Method(f"Diagonal TO, {name}", "idea", 6e-3, json.dumps(idea)) for name, idea in IDEAS.items()}
 START = {"stories260k": 1.0, "1M": 0.5, "5M": 0.3, "lora": 2.0}  # of the middle: a guess, the grid goes where it must
 
 
@@ -88,8 +103,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", type=Path, help="has alpaca_data.json, user_oriented_instructions.jsonl, ...")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=CELLS, metavar="CELL", help=", ".join(CELLS))
-    names = ", ".join(METHODS)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=names)
+    names = ", ".join(map(repr, METHODS))
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=[name for name in METHODS if name not in IDEAS],
+        metavar="METHOD",
+        help=names,
+    )
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
@@ -176,12 +198,12 @@ def train(
     with TemporaryDirectory() as folder:
         flags = f"""{PROTOCOL} {part} --max_length {max_length} --model_name_or_path {base} --learning_rate {lr}
             --dataset_name {data_dir / "alpaca_data.json"} --seed {seed} --output_dir {folder}
-            --optim {"adamw_torch" if method.optim == "muon" else method.optim}"""
-        options = ["--optim_args", method.options] if method.options else []
+            --optim {"adamw_torch" if method.optim in ("muon", "idea") else method.optim}"""
+        options = ["--optim_args", method.options] if method.options and method.optim != "idea" else []
         trainer = prepared([*flags.split(), *options], data_dir)
-        if method.optim == "muon":
-            trainer.optimizer = MuonAndAdamW(trainer.model, lr)
-            trainer.engagement.expected = MuonAndAdamW
+        if method.optim in ("muon", "idea"):
+            trainer.optimizer = named(method, trainer.model, lr)
+            trainer.engagement.expected = type(trainer.optimizer)
         try:
             trainer.train()
             losses = trainer.evaluate()
@@ -200,6 +222,13 @@ def train(
         "seconds_a_step": seconds and round(seconds / trainer.state.max_steps, 4),
         "state_bytes_a_weight": round(state_bytes(unwrapped(trainer.optimizer)) / trained, 2),
     }
+
+
+def named(method: Method, model: nn.Module, lr: float) -> Optimizer:
+    """The optimizers that Hugging Face has no name for."""
+    if method.optim == "muon":
+        return MuonAndAdamW(model, lr)
+    return IdeaTO((p for p in model.parameters() if p.requires_grad), lr, **json.loads(method.options))
 
 
 def prepared(flags: Sequence[str], data_dir: Path) -> TOSFTTrainer:
@@ -227,7 +256,7 @@ def user_oriented(data_dir: Path) -> Path:
     return path
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+def state_bytes(optimizer: Optimizer) -> int:
     if isinstance(optimizer, MuonAndAdamW):
         return sum(x.nbytes for x in optimizer.state_tensors())
     return sum(x.nbytes for state in optimizer.state.values() for x in state.values() if isinstance(x, torch.Tensor))
