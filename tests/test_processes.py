@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,24 +14,32 @@ from unittest import mock
 
 import pytest
 import torch
+from datasets import Dataset
 
+from to_finetune.data.preview import IGNORED
 from to_finetune.errors import UsageError
 from to_finetune.training.arguments import parse_arguments, resolved_config
 from to_finetune.training.launch import check_layout, check_processes, processes_asked_for
+from to_finetune.training.trainer import filled_up
 
 from .helpers import Run, flags
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 
-# Both optimizers in one launch: the libraries take seconds to import.
-TWO_RUNS = """
-import sys
+RUNS: dict[str, dict[str, Any]] = {
+    "diagonal_to": {"optim": "diagonal_to"},
+    "rank_one_to": {"optim": "rank_one_to"},
+    "packed": {"packing": True, "max_length": 400},  # the held-out rows in three
+}
+
+# All in one launch: the libraries take seconds to import.
+SEVERAL_RUNS = """
+import json, sys
 from to_finetune.finetune import main
 
-folder, *rest = sys.argv[1:]
-for optim in ("diagonal_to", "rank_one_to"):
-    if main(["--optim", optim, "--output_dir", f"{folder}/{optim}", *rest]):
+for words in json.loads(sys.argv[1]):
+    if main([*words, *sys.argv[2:]]):
         sys.exit(1)
 """
 
@@ -47,18 +56,25 @@ def launch(*command: Any) -> tuple[int, str]:
     return process.returncode, error
 
 
+def loss_at_start(run: Run) -> float:
+    """Held out, of the base."""
+    history = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
+    return next(row["eval_loss"] for row in history if "eval_loss" in row)
+
+
 def test_two_processes_give_the_losses_and_weights_of_one(
     finetune: Callable[..., Run], llama: Path, alpaca: Path, tmp_path: Path
 ) -> None:
     """At equal global batch, to the rounding of another order of summation; without a flag where there is no GPU."""
-    script = tmp_path / "two_runs.py"
-    script.write_text(TWO_RUNS)
+    script = tmp_path / "several_runs.py"
+    script.write_text(SEVERAL_RUNS)
     options = {
         "model_name_or_path": llama,
         "dataset_name": alpaca,
         "eval_dataset_name": alpaca,
         "dataset_test_split": "train[:5]",  # which do not divide evenly
         "per_device_eval_batch_size": 2,
+        "eval_on_start": True,
         "unfrozen_parameters": [r"layers\.3\."],
         "max_steps": 8,
         "per_device_train_batch_size": 2,
@@ -67,16 +83,28 @@ def test_two_processes_give_the_losses_and_weights_of_one(
         "report_to": "none",
     }
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    code, error = launch(*torchrun, script, tmp_path / "two", *flags(**options))
+    words = json.dumps([flags(output_dir=tmp_path / "two" / name, **own) for name, own in RUNS.items()])
+    code, error = launch(*torchrun, script, words, *flags(**options))
     assert code == 0, error
-    for optim in ("diagonal_to", "rank_one_to"):
-        one = finetune(tmp_path / "one" / optim, optim=optim, **{**options, "per_device_train_batch_size": 4})
-        two = Run(0, tmp_path / "two" / optim, None)
+    for name, own in RUNS.items():
+        one = finetune(tmp_path / "one" / name, **{**options, **own, "per_device_train_batch_size": 4})
+        two = Run(0, tmp_path / "two" / name, None)
         assert two.record["results"]["processes"] == 2
+        assert loss_at_start(two) == pytest.approx(loss_at_start(one), rel=1e-6)
         assert two.losses == pytest.approx(one.losses, rel=1e-5)
         assert two.record["results"]["eval_loss"] == pytest.approx(one.record["results"]["eval_loss"], rel=1e-5)
-        for name, weights in one.weights.items():
-            torch.testing.assert_close(two.weights[name], weights, rtol=1e-4, atol=1e-5)
+        for tensor, weights in one.weights.items():
+            torch.testing.assert_close(two.weights[tensor], weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("count", "size", "filled"), [(3, 4, 4), (4, 4, 4), (5, 4, 8), (1, 6, 6)])
+def test_held_out_rows_are_filled_up_with_rows_without_a_loss(count: int, size: int, filled: int) -> None:
+    given = Dataset.from_list([{"input_ids": [i, i, i], "labels": [-100, i, i]} for i in range(count)])
+    rows = filled_up(given, size)
+    assert rows[:count] == given[:]
+    assert len(rows) == filled
+    assert rows.features == given.features
+    assert all(label == IGNORED for labels in rows["labels"][count:] for label in labels)
 
 
 def test_writing_the_config_leaves_the_processes_alone(llama: Path, alpaca: Path, tmp_path: Path) -> None:

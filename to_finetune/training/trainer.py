@@ -8,6 +8,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
@@ -217,12 +218,18 @@ class TOSFTTrainer(TrainableOptimizerMixin, SFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
-        """TRL's, in two steps: it tokenizes, and then it cuts or packs what has been tokenized."""
+        """TRL's, in two steps: it tokenizes, and then it cuts or packs what has been tokenized.
+
+        Held-out rows are made to share out evenly over several processes: accelerate would repeat some, which count.
+        """
         whole = copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         rows = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
         self.uncut[dataset_name] = rows
-        return super()._prepare_dataset(rows, processing_class, args, packing, None, dataset_name)
+        rows = super()._prepare_dataset(rows, processing_class, args, packing, None, dataset_name)
+        if dataset_name != "train" and args.world_size > 1 and isinstance(rows, Dataset):
+            return filled_up(rows, args.world_size * args.eval_batch_size)
+        return rows
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the tokens a second since the last log, over all processes; the time of an evaluation does not count."""
@@ -255,18 +262,22 @@ class TOSFTTrainer(TrainableOptimizerMixin, SFTTrainer):
         """In an evaluation, also add to the sums of `evaluation_loop`."""
         if self.model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        labels = inputs["labels"]
-        state = self.accelerator.gradient_state
-        if state.end_of_dataloader and state.remainder > 0 and not self.padding_free:
-            # accelerate fills the last batch up with rows that were there before
-            mine = state.remainder - self.accelerator.process_index * len(labels)
-            labels[max(0, mine) :] = IGNORED
+        tokens = (inputs["labels"][:, 1:] != IGNORED).sum().cpu()
         result = super().compute_loss(model, inputs, *args, **kwargs)
         loss = (result[0] if isinstance(result, tuple) else result).detach().cpu()
-        tokens = (labels[:, 1:] != IGNORED).sum().cpu()
-        self._held_out += torch.stack([loss * tokens, tokens])
+        if tokens:  # else there is no mean loss
+            self._held_out += torch.stack([loss * tokens, tokens])
         return result
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._last_log = (time.perf_counter(), self._total_train_tokens)
         return super().train(*args, **kwargs)
+
+
+def filled_up(rows: Dataset, size: int) -> Dataset:
+    """Prepared rows, with some that have no loss at the end, so that they are a multiple of `size`."""
+    missing = -len(rows) % size
+    if not missing:
+        return rows
+    without_loss = {**rows[0], "labels": [IGNORED] * len(rows[0]["labels"])}
+    return concatenate_datasets([rows, Dataset.from_list([without_loss] * missing, features=rows.features)])
