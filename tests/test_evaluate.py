@@ -137,6 +137,24 @@ def test_plain_text_counts_from_its_second_token(llama: Path, tmp_path: Path, ev
     assert result["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_packed_texts_count_each_from_its_second_token(
+    strategy: str, llama: Path, tmp_path: Path, evaluate: Callable[..., Any]
+) -> None:
+    """Those in a row of their own, as they are wrapped, but for the first of a row."""
+    texts = [f"red {row['output']}" for row in ALPACA_ROWS[:5]]
+    data = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    count = sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts)
+    packed = ("--packing", "true", "--packing_strategy", strategy)
+    result = evaluate(llama, "--dataset_name", str(data), "--max_length", str(count), *packed, *ON_CPU)
+    assert result["rows"] == 1
+    assert result["tokens"] == count - (1 if strategy == "wrapped" else 5)
+    if strategy == "bfd":
+        alone = evaluate(llama, "--dataset_name", str(data), *ON_CPU)
+        assert (result["tokens"], result["loss"]) == (alone["tokens"], pytest.approx(alone["loss"], rel=1e-6))
+
+
 def test_a_run_that_trained_everything(
     finetune: Callable[..., Run], tmp_path: Path, llama: Path, evaluate: Callable[..., Any]
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import fields
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from textwrap import shorten
@@ -93,9 +94,16 @@ def evaluate_held_out(
         if run is not None:
             trainer._load_from_checkpoint(str(run.folder))
         loss = trainer.evaluate()["eval_loss"]
-        labels = trainer.eval_dataset["labels"]
-        tokens = sum(label != IGNORED for row in labels for label in row[1:])  # nothing foretells a row's first
-        return HeldOut(loss, len(labels), tokens, base_loss)
+        return HeldOut(loss, len(trainer.eval_dataset), _tokens_with_a_loss(trainer.eval_dataset), base_loss)
+
+
+def _tokens_with_a_loss(rows: Any) -> int:
+    """Learned tokens but the first of a row, and of each example packed in it, which nothing foretells."""
+    count = 0
+    for row in rows:
+        firsts = {0, *accumulate(row.get("seq_lengths") or [])}
+        count += sum(label != IGNORED for i, label in enumerate(row["labels"]) if i not in firsts)
+    return count
 
 
 def _settings(name: str, run: FinetunedRun | None, dataset_name: str | None, split: str | None) -> dict[str, Any]:
