@@ -155,6 +155,19 @@ def test_packed_texts_count_each_from_its_second_token(
         assert (result["tokens"], result["loss"]) == (alone["tokens"], pytest.approx(alone["loss"], rel=1e-6))
 
 
+def test_the_loss_of_a_run_that_loads_its_best_model_is_that_models(
+    finetune: Callable[..., Run], tmp_path: Path, evaluate: Callable[..., Any]
+) -> None:
+    """Here the first, which has the highest."""
+    saved = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2, "val_set_size": 6}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    run = finetune(tmp_path / "run", **saved, **best, learning_rate=0.05)
+    history = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
+    first, last = (row["eval_loss"] for row in history if "eval_loss" in row)
+    assert first > last
+    assert run.record["results"]["eval_loss"] == first == evaluate(run.folder)["loss"]
+
+
 def test_a_run_that_trained_everything(
     finetune: Callable[..., Run], tmp_path: Path, llama: Path, evaluate: Callable[..., Any]
 ) -> None:

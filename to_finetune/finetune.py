@@ -130,7 +130,9 @@ def finish(trainer: TOSFTTrainer, args: FinetuneArguments) -> dict[str, Any]:
         trained = trainer.trained_tensors()
         if args.should_save:
             trainer.engagement.proofs["saved_bytes_read_back"] = check_saved(trained, args.output_dir)
-    return {**summarise(history), "processes": args.world_size}
+    was_loaded = args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
+    saved_step = trainer.state.best_global_step if was_loaded else None
+    return {**summarise(history, saved_step), "processes": args.world_size}
 
 
 def conclude(trainer: TOSFTTrainer, record: RunRecord, **outcome: Any) -> None:

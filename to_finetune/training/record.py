@@ -142,18 +142,23 @@ def last_checkpoint(output_dir: str) -> str | None:
     return str(steps[max(steps)]) if steps else None
 
 
-def summarise(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a Trainer's ``state.log_history`` comes to; losses in nats a token."""
+def summarise(history: Sequence[Mapping[str, Any]], saved_step: int | None = None) -> dict[str, Any]:
+    """What a Trainer's ``state.log_history`` comes to; losses in nats a token.
+
+    Args:
+        history: of the run.
+        saved_step: the one whose weights are saved, for the held-out loss; None for the last.
+    """
     losses = [row["loss"] for row in history if "loss" in row]
     first = losses[: len(losses) // 5]
 
-    def last(key: str) -> Any:
-        return next((row[key] for row in reversed(history) if key in row), None)
+    def last(key: str, step: int | None = None) -> Any:
+        return next((row[key] for row in reversed(history) if key in row and step in (None, row["step"])), None)
 
     return {
         "steps": last("step"),
         "train_loss_mean": sum(losses) / len(losses) if losses else last("train_loss"),
         "train_loss_first_fifth": sum(first) / len(first) if first else None,
-        "eval_loss": last("eval_loss"),
+        "eval_loss": last("eval_loss", saved_step),
         "train_seconds": last("train_runtime"),
     }
