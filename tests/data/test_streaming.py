@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections import Counter
@@ -71,6 +72,27 @@ def test_rows_are_read_only_when_they_are_asked_for(tmp_path: Path) -> None:
     assert [next(stream)["messages"] for _ in range(2)] == [CHAT] * 2
     with pytest.raises(UsageError, match="row 2: messages must be a list"):
         next(stream)
+
+
+def test_a_stream_that_cannot_be_read_on_ends_the_run_in_a_sentence(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here in its second file, which is as far away for it as what lies 10 MB on."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(Path("a.jsonl"), ALPACA_ROWS)
+    Path("b.jsonl").write_text(f'{json.dumps(ALPACA_ROWS[0])}\n{{"instruction":\n')
+    assert load_data(["*.jsonl"], streaming=True).train.num_shards == 2
+    options = {"model_name_or_path": llama, "dataset_name": "*.jsonl", "dataset_streaming": True, "max_steps": STEPS}
+    with mock.patch("to_finetune.data.preview.FIRST", 5):  # else it is met before the first step
+        run = helpers.finetune(tmp_path / "run", **options)
+    assert run.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    last = error.splitlines()[-1]
+    assert last.startswith("error: dataset_name='*.jsonl' cannot be read to its end: JSON parse error")
+    assert run.record["status"] == "failed"
+    assert "cannot be read to its end" in run.record["error"]
+    assert not list(run.folder.glob("*.safetensors"))
 
 
 def test_streams_are_mixed_by_their_weights_for_ever(tmp_path: Path) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from glob import glob, has_magic
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
 
-from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from to_finetune.data.formats import Rows, Standard, standard
@@ -136,7 +136,7 @@ def _read(source: str, name: str, split: str, config: str | None, streaming: boo
             rows = rows.filter(_is_not_blank)  # such lines part paragraphs; as rows they would teach silence
         if next(iter(rows), None) is None:
             raise UsageError(f"{source} is empty.")
-        return rows
+        return _watched(source, rows) if streaming else rows
     except UsageError:
         raise
     except DatasetGenerationError as error:
@@ -144,6 +144,22 @@ def _read(source: str, name: str, split: str, config: str | None, streaming: boo
         raise UsageError(f"{source} is malformed: {shorten(str(reason), 400)}") from error
     except (OSError, ValueError) as error:
         raise UsageError(f"{source} cannot be loaded: {shorten(str(error), 400)}") from error
+
+
+def _watched(source: str, rows: IterableDataset) -> IterableDataset:
+    """The same stream, of as many parts, which says what it is where it cannot be read on."""
+    parts = [rows.shard(rows.num_shards, i) for i in range(rows.num_shards)]
+    return IterableDataset.from_generator(
+        _read_on, features=rows.features, gen_kwargs={"parts": parts, "source": source}
+    )
+
+
+def _read_on(parts: Sequence[IterableDataset], source: str) -> Iterator[dict[str, Any]]:
+    try:
+        for rows in parts:
+            yield from rows
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{source} cannot be read to its end: {shorten(str(error), 400)}") from error
 
 
 def _as_text(file: Path) -> dict[str, Any]:
