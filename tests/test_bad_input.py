@@ -127,6 +127,15 @@ def test_it_is_named_and_nothing_is_written(
     assert not any(run.folder.rglob("*"))
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl/out"])
+def test_a_folder_that_cannot_be_made_is_said_before_the_run(
+    finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    run = finetune(tmp_path / name)
+    assert (run.code, run.trainer) == (2, None)
+    assert f"output_dir: '{tmp_path / 'rows.jsonl'}' is no folder that can be written to." in the_error(capsys)
+
+
 def test_several_problems_are_said_at_once(
     finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -267,6 +267,13 @@ def test_a_folder_that_holds_something_is_refused(run: Run, tmp_path: Path, caps
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_folder_below_a_file_is_refused(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    error = refused(capsys, run.folder, "--output_dir", tmp_path / "file" / "merged")
+    assert error == f"error: output_dir: '{tmp_path / 'file'}' is no folder that can be written to."
+    assert refused(capsys, tmp_path / "file", "--output_dir", tmp_path / "merged").endswith("is no folder.")
+
+
 def test_a_base_that_is_gone_is_named(finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = make_llama(tmp_path / "base", tie_word_embeddings=False)
     run = finetune(tmp_path / "run", model_name_or_path=base, max_steps=2)

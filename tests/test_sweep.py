@@ -186,13 +186,14 @@ def test_without_held_out_data_it_judges_by_the_training_loss_and_says_so(
 def test_bad_usage_in_a_trial_ends_the_sweep_with_its_sentence(
     words: list[str], tmp_path: Path, in_process: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And the trial is tried again once that is put right."""
+    """And leaves nothing, so that the same command, or another one, can follow."""
     data = tmp_path / "later.jsonl"
     given = ["sweep", *words, "--dataset_name", str(data), "--trials", "2", "--output_dir", str(tmp_path / "sweep")]
     assert main(given) == 2
     error = " ".join(capsys.readouterr().err.split())
     assert f"error: trial-000: dataset_name='{data}': no such file." in error
     assert in_process == ["trial-000"]
+    assert not (tmp_path / "sweep").exists()
     data.write_text(Path(words[words.index("--dataset_name") + 1]).read_text())
     assert main(given) == 0
     assert in_process == ["trial-000", "trial-000", "trial-001"]
@@ -484,6 +485,14 @@ def test_what_is_refused(
     assert [part for part in named if part not in error] == []
     assert len(error) < 700
     assert not folder.exists()
+    assert pretence.seen == []
+
+
+def test_a_folder_below_a_file_is_refused(
+    words: list[str], alpaca: Path, pretence: Pretence, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", *words, "--output_dir", f"{alpaca}/sweep"]) == 2
+    assert f"output_dir: '{alpaca}' is no folder that can be written to." in capsys.readouterr().err
     assert pretence.seen == []
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from to_finetune.errors import UsageError
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
@@ -14,6 +16,17 @@ def whole(path: Path) -> Iterator[Path]:
     beside = path.with_name(path.name + ".partial")
     yield beside
     os.replace(beside, path)
+
+
+def check_place(flag: str, path: Path) -> None:
+    """Refuse a file or a folder that cannot be made there, before hours of work for it.
+
+    Raises:
+        UsageError: naming the flag.
+    """
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UsageError(f"{flag}: {str(above)!r} is no folder that can be written to.")
 
 
 def write_whole(path: Path, text: str) -> None:

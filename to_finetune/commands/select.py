@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from to_finetune.errors import UsageError
+from to_finetune.files import check_place
 
 if TYPE_CHECKING:
     from to_finetune.model.select import ScoredTensor
@@ -84,6 +85,8 @@ def check(arguments: argparse.Namespace) -> None:
         path = getattr(arguments, flag)
         if path is not None and (Path(path).suffix not in endings or Path(path).is_dir()):
             raise UsageError(f"--{flag} {path} is not valid: a file that ends in {', '.join(endings)}.")
+        if path is not None:
+            check_place(flag, Path(path))
 
 
 def score(arguments: argparse.Namespace) -> list[ScoredTensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from to_finetune.errors import RunError, UsageError, did_you_mean
+from to_finetune.files import check_place
 from to_finetune.model.load import load_finetuned
 from to_finetune.model.run import read_run
 from to_finetune.model.trained import Base, read_trained
@@ -60,13 +61,14 @@ def merge(
     folder, output = Path(run), Path(output_dir)
     found = read_run(str(run))
     if found is None:
-        siblings = [str(path) for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        siblings = [str(path) for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
         what = "holds nothing that was trained" if folder.is_dir() else "is no folder"
         raise UsageError(f"{str(run)!r} {what}.{did_you_mean(str(run), siblings) if not folder.is_dir() else ''}")
     if found.part == "whole":
         raise UsageError(f"{str(run)!r} trained everything, and is an ordinary model already: nothing to merge.")
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise UsageError(f"output_dir={str(output_dir)!r} is not empty; choose a new folder.")
+    check_place("output_dir", output)
     tensors, base = read_trained(folder)
     model, tokenizer = load_finetuned(folder, dtype or "auto", trust_remote_code=trust_remote_code)
     if getattr(model.config, "quantization_config", None) is not None:

@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from to_finetune.errors import UsageError
-from to_finetune.files import write_whole
+from to_finetune.files import check_place, write_whole
 from to_finetune.machine import machine
 
 MUST_AGREE = (
@@ -69,6 +69,7 @@ class RunRecord:
         Raises:
             UsageError: naming the folder, or the keys that differ.
         """
+        check_place("output_dir", self.folder / "run.json")
         saved = self.folder / "config.yaml"
         if resume is None:
             if (self.folder / "run.json").exists() and not was_restarted():

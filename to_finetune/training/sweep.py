@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from to_finetune.errors import RunError, UsageError
-from to_finetune.files import write_whole
+from to_finetune.files import check_place, write_whole
 from to_finetune.training.arguments import (
     ArgumentsElsewhere,
     DataArguments,
@@ -52,6 +52,7 @@ except ImportError as error:
     raise UsageError('A sweep needs Optuna: pip install "to-finetune[sweep]"') from error
 
 EDGE = 0.05  # a winner nearer than this share of its range to an end may have a better one beyond it
+JOURNAL = "sweep.journal"  # Optuna's, in the sweep's folder
 FAILURES = 3  # in a row, for another reason than divergence, end a sweep
 
 
@@ -232,6 +233,8 @@ def sweep(
     space = {key: distribution(key, text, args) for key, text in texts.items()}
     _check_values(space, flags, args)
 
+    check_place("output_dir", Path(output_dir))
+    is_new = not Path(output_dir, JOURNAL).exists()
     study = _open(output_dir, {"search": texts, **_settings(base)}, design(space, trials))
     planned = int(min(trials, combinations(space)))
     made = Sweep(Path(output_dir), list(flags), args, _objective(base[1]), texts, planned)
@@ -246,7 +249,12 @@ def sweep(
     failures = 0
     while len(made.trials) < planned:
         number, values = _next(study, space, made)
-        trial = _run(made, number, values, f"trial-{number:03d}", on_line)
+        try:
+            trial = _run(made, number, values, f"trial-{number:03d}", on_line)
+        except UsageError:
+            if is_new and not made.trials:  # the corrected command would be another sweep's
+                shutil.rmtree(made.folder)
+            raise
         if trial.status != "failed":  # one that failed stays open, and the same command tries it again
             study.tell(number, math.inf if trial.loss is None else trial.loss)
         made.trials.append(trial)
@@ -318,7 +326,7 @@ def _open(output_dir: str, settings: dict[str, Any], first: Sequence[dict[str, A
     Raises:
         UsageError: when the folder holds another sweep, naming what differs, or something else.
     """
-    folder, journal = Path(output_dir), Path(output_dir, "sweep.journal")
+    folder, journal = Path(output_dir), Path(output_dir, JOURNAL)
     if not journal.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"output_dir={output_dir!r} holds something else than a sweep. Choose a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
