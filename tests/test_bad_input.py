@@ -60,6 +60,7 @@ BAD = {
     "config that is no YAML": ({"config": "broken.yaml"}, "broken.yaml", "not valid YAML", "line 2"),
     "config that is not there": ({"config": "nowhere.yaml"}, "nowhere.yaml", "No such file"),
     "batch of none": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0", "at least 1"),
+    "length of none": ({"max_length": 0}, "max_length=0", "at least 1"),
     "no dataset": ({"dataset_name": None}, "required", "--dataset_name"),
     "no model": ({"model_name_or_path": None}, "required", "--model_name_or_path"),
     # the subset

@@ -257,6 +257,8 @@ REFUSED = {
     "batch size": (["{run}", "--batch_size", "0"], "batch_size=0 is not valid: at least 1."),
     "a split of nothing": (["{run}", "--split", "train"], "split='train' is of --dataset_name, which is not given."),
     "unknown flag": (["{run}", "--max_lenth", "9"], "Unknown flag 'max_lenth'. Did you mean 'max_length'"),
+    "a length of none": (["{run}", "--max_length", "-3"], "max_length=-3 is not valid: at least 1."),
+    "another recipe": (["{run}", "--config", "mine.yaml"], "--config is given twice"),
     "all cut away": (["{run}", "--max_length", "3"], "max_length=3"),
     "empty tasks": (["{run}", "--tasks", " ,"], "names none, for example --tasks hellaswag,arc_easy."),
     "tasks and data": (["{run}", "--tasks", "x", "--dataset_name", "y"], "it does not go with --dataset_name."),

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -406,6 +407,7 @@ REFUSED = {
     "top_p": (["{run}", "--temperature", "1", "--top_p", "1.5"], "top_p=1.5 is not valid: above 0 and at most 1."),
     "top_p of nothing": (["{run}", "--top_p", "0.9"], "top_p=0.9 needs a --temperature above 0"),
     "no tokens": (["{run}", "--max_new_tokens", "0"], "max_new_tokens=0 is not valid: at least 1."),
+    "seed": (["{run}", "--seed", "-1"], "seed=-1 is not valid: 0 to 2**32 - 1."),
     "device": (["{run}", "--device", "tpu9"], "device='tpu9' is not there. There is cpu"),
     "too long": (["{run}", "--prompt", "red " * 600], "too many for the model's context of 512 tokens"),
     "no base": (["{llama}", "--compare"], "is no run of finetune.py, so that its base is not known"),
@@ -424,6 +426,15 @@ def test_is_refused_in_one_sentence(
     error = capsys.readouterr().err
     assert sentence in error
     assert "Traceback" not in error
+
+
+def test_damaged_weights_of_a_model_are_one_sentence(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(llama, tmp_path / "damaged")
+    (folder / "model.safetensors").write_text("garbage")
+    assert main(["generate", str(folder), "--prompt", QUESTION]) == 2
+    assert f"model_name_or_path={str(folder)!r} cannot be loaded" in capsys.readouterr().err
 
 
 def test_nothing_to_read_is_refused(

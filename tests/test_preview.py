@@ -168,6 +168,7 @@ def test_it_needs_no_weights(command: Callable[..., tuple[int, str]], llama: Pat
     ("words", "options", "said"),
     [
         (["--rows", "-1"], {}, "rows=-1 is not valid: at least 0."),
+        (["--row", "1"], {}, "Unknown flag 'row'. Did you mean 'rows'"),
         ([], {"max_length": 20}, "All labels are masked: with max_length=20"),
         ([], {"dataset_nam": "x"}, "'dataset_nam'. Did you mean 'dataset_name'"),
         ([], {"model_name_or_path": "./nowhere"}, "model_name_or_path='./nowhere': no such folder."),

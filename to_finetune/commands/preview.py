@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     with TemporaryDirectory(prefix="to-finetune-preview-") as folder:
         # Nothing is trained, so nothing may be written where a run would be.
         flags = [*arguments.flags, "--output_dir", folder, "--report_to", "none"]
-        model_args, data_args, args = parse_arguments(flags)
+        model_args, data_args, args = parse_arguments(flags, beside=vars(arguments))
         trainer = prepare_preview(model_args, data_args, args)
         check_labels(trainer.train_dataset, args.max_length)
         tokenizer: Any = trainer.processing_class

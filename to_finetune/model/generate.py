@@ -37,6 +37,8 @@ class Decoding:
             raise UsageError(f"top_p={self.top_p:g} is not valid: above 0 and at most 1.")
         if self.top_p is not None and self.temperature == 0:
             raise UsageError(f"top_p={self.top_p:g} needs a --temperature above 0: at 0 nothing is drawn.")
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise UsageError(f"seed={self.seed} is not valid: 0 to 2**32 - 1.")
 
 
 class Answer(NamedTuple):

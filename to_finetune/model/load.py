@@ -11,6 +11,7 @@ from textwrap import shorten
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -147,7 +148,7 @@ def _in_one_sentence(name: str, attn_implementation: str | None) -> Iterator[Non
     check_folder(name)
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = shorten(str(error), 400)
         if attn_implementation and re.search("attn_implementation|attention|kernels", reason, re.IGNORECASE):
             near = did_you_mean(attn_implementation, ATTENTION)

@@ -215,6 +215,8 @@ class FinetuneArguments(TrainableOptimizerArguments, SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 1:
+            raise UsageError(f"max_length={self.max_length} is not valid: at least 1.")
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else torchrun's processes would each run alone
         if self.bf16 is None:
@@ -323,6 +325,8 @@ def _take_config(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
             raise UsageError("--config needs a file name.")
         path = Path(value if equals else argv[i + 1])
         rest = argv[:i] + argv[i + (1 if equals else 2) :]
+        if any(word.partition("=")[0] == "--config" for word in rest):
+            raise UsageError("--config is given twice, and only one file can be the run's.")
         try:
             config = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:

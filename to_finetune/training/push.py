@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 from safetensors.torch import safe_open, save_file
 
 from to_finetune.errors import RunError, UsageError
@@ -131,12 +132,15 @@ def _write_public_json(path: Path) -> None:
 
 
 def _write_public_tensors(path: Path) -> None:
-    with safe_open(path, framework="pt") as file:
-        metadata: dict[str, Any] = file.metadata()
-        public = without_paths(metadata)
-        if public == metadata:
-            return
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, Any] = file.metadata()
+            public = without_paths(metadata)
+            if public == metadata:
+                return
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except SafetensorError as error:
+        raise UsageError(f"The run's {path.name} is damaged: {error}.") from None
     path.unlink()
     save_file(tensors, path, metadata=public)
 
