@@ -53,7 +53,7 @@ BAD = {
     "unknown keys": ({"config": "unknown.yaml"}, "'learning_rate'", "'unfrozen_params'", "'unfrozen_parameters'"),
     "word for a number": ({"config": "word.yaml"}, "seed", "'many'"),
     "fraction for a number": ({"config": "fraction.yaml"}, "seed", "'2.5'"),
-    "null for a number": ({"config": "null.yaml"}, "seed", "'None'"),
+    "null for a number": ({"config": "null.yaml"}, "seed", "has no value", "leave it out"),
     "list for a number": ({"config": "list_for_a_number.yaml"}, "seed", "'[1, 2]'"),
     "bad choice": ({"config": "dtype.yaml"}, "dtype", "'float12'", "'bfloat16'"),
     "config that is a list": ({"config": "list.yaml"}, "list.yaml", "mapping"),

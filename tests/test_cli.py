@@ -8,7 +8,7 @@ from importlib import import_module
 
 import pytest
 
-from to_finetune.cli import VERBS, main
+from to_finetune.cli import VERBS, main, parse
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -48,6 +48,21 @@ def test_no_verb_is_bad_usage() -> None:
     with pytest.raises(SystemExit) as end:
         main([])
     assert end.value.code == 2
+
+
+def test_dashes_are_underscores() -> None:
+    """Also in front of the flags of a run, which would take them for their own."""
+    arguments = parse(
+        ["evaluate", "runs/a", "--dataset-name=b", "--split", "c-d", "--max-length", "9", "--val-set-size"]
+    )
+    assert (arguments.dataset_name, arguments.split, arguments.max_length) == ("b", "c-d", 9)
+    assert arguments.flags == ["--val-set-size"]  # a run's own, which takes both
+
+
+def test_a_missing_library_is_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("to_finetune.commands.train.run", lambda arguments: import_module("no_such_library"))
+    assert main(["train"]) == 2
+    assert capsys.readouterr().err == 'error: train needs no_such_library: pip install "to-finetune[hf]"\n'
 
 
 def test_an_unknown_flag_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,9 +145,24 @@ def test_a_tied_head_stays_tied(finetune: Finetune, tied_llama: Path, tmp_path: 
     assert torch.equal(model.lm_head.weight, run.weights["model.embed_tokens.weight"])
 
 
-def test_an_empty_folder_is_taken(run: Run, tmp_path: Path) -> None:
-    merge(run.folder, tmp_path)
+@pytest.mark.parametrize("by_its_name", [True, False])
+def test_an_empty_folder_is_taken(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_its_name: bool) -> None:
+    monkeypatch.chdir(tmp_path)
+    merge(run.folder, tmp_path if by_its_name else ".")
     assert len(tensors_of(tmp_path)) == 39
+
+
+def test_it_stops_where_the_run_taught_it_to(run: Run, tmp_path: Path) -> None:
+    """The run's tokenizer may end texts with another token than the base's."""
+    tokenizer = AutoTokenizer.from_pretrained(run.folder)
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(20)
+    tokenizer.save_pretrained(folder)
+    merge(folder, tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    ends = model.generation_config.eos_token_id
+    assert tokenizer.eos_token_id in (ends if isinstance(ends, list) else [ends])
+    assert model.config.eos_token_id == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("kind", ["run", "lora"])

@@ -29,7 +29,7 @@ from to_finetune.optim import DiagonalTO
 from to_finetune.training import TOTrainer, TOTrainingArguments
 from to_finetune.training.proofs import check_saved, fingerprints
 
-from .helpers import Run
+from .helpers import Run, write_jsonl
 
 
 @pytest.fixture
@@ -146,6 +146,56 @@ def test_the_first_step_of_a_warm_up_may_move_nothing(model: PreTrainedModel, tm
     run = trainer(model, tmp_path, warmup_steps=2)
     run.train()
     assert run.engagement.proofs["moved_after_first_step"] == 9
+
+
+def test_steps_that_were_skipped_are_not_held_against_a_run(model: PreTrainedModel, tmp_path: Path) -> None:
+    """A gradient that was not finite moves nothing, and says nothing of the rate."""
+    run = trainer(model, tmp_path, optim_args="skip_nonfinite=True", max_steps=6)
+    weight, calls = model.model.layers[3].mlp.down_proj.weight, iter(range(100))
+    weight.register_hook(lambda g: g * torch.nan if next(calls) < 3 else g)
+    run.train()
+    assert run.engagement.proofs["moved_after_first_step"] == 9
+
+
+def test_steps_that_a_loss_scaler_skips_are_not_held_against_a_run(model: PreTrainedModel, tmp_path: Path) -> None:
+    run = trainer(model, tmp_path, learning_rate=0.0, max_steps=6)
+    with (
+        mock.patch("accelerate.optimizer.AcceleratedOptimizer.step_was_skipped", property(lambda self: True)),
+        pytest.raises(RunError, match="No trained weight moved"),
+    ):
+        run.train()
+    assert run.state.global_step == 6  # at the end, and not after two steps
+
+
+def test_what_never_moved_is_said_of_whole_runs_alone(model: PreTrainedModel, tmp_path: Path) -> None:
+    """After a resume it is not known what had moved before."""
+    trainer(model, tmp_path, save_strategy="steps", save_steps=2, max_steps=2).train()
+    resumed = trainer(model, tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+    assert "never_moved" not in resumed.engagement.proofs
+
+
+def test_a_whole_model_that_is_not_finite_is_not_saved(
+    finetune: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where no loss was logged in between."""
+    run = finetune(
+        tmp_path / "run", unfrozen_parameters=None, optim="adamw_torch", learning_rate=1e25, logging_steps=10
+    )
+    assert run.code == 1
+    assert run.record["status"] == "failed"
+    assert not list(run.folder.rglob("model.safetensors"))
+    assert "the run has diverged" in capsys.readouterr().err
+
+
+def test_held_out_rows_without_a_label_are_found_out(
+    finetune: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {"instruction": "red " * 1100, "input": "", "output": "blue"}
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", [long] * 3)
+    assert finetune(tmp_path / "run", eval_dataset_name=held_out).code == 2
+    assert "All labels of the held-out rows are masked" in capsys.readouterr().err
 
 
 def test_a_file_that_does_not_read_back_fails_the_run(

@@ -24,6 +24,7 @@ from to_finetune.cli import main
 from to_finetune.model import load_finetuned
 from to_finetune.model.card import is_hub_name, model_card, without_paths
 from to_finetune.model.run import FinetunedRun, read_run
+from to_finetune.training.arguments import without_secrets
 from to_finetune.training.push import push
 
 from .helpers import LAYER_WEIGHTS, Run, assert_same_bits
@@ -64,6 +65,7 @@ class Hub:
         self.files: dict[str, bytes] = {}
         self.error: Exception | None = None
         self.token: str | None = None
+        self.public = False
 
     def __call__(self, token: str | None) -> Hub:
         self.token = token
@@ -78,6 +80,10 @@ class Hub:
             repo_id = "someone/tiny"
 
         return Url("https://huggingface.co/someone/tiny")
+
+    def repo_info(self, repo_id: str) -> Any:
+        assert repo_id == "someone/tiny"
+        return SimpleNamespace(private=not self.public)
 
     def upload_folder(self, repo_id: str, folder_path: Path, **options: Any) -> None:
         self.asked.append((repo_id, options))
@@ -402,6 +408,32 @@ def test_without_a_token_it_says_how_to_have_one(
     assert "There is no token for the hub: `hf auth login` stores one, or set HF_TOKEN." in capsys.readouterr().err
 
 
+def test_what_was_to_be_private_does_not_go_to_a_public_repository(
+    run: Run, hub: Hub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hub ignores the wish for one that is there."""
+    hub.public = True
+    assert main(["push", str(run.folder), "--repo_id", "someone/tiny", "--private"]) == 2
+    assert "is there, and public: make it private first" in capsys.readouterr().err
+    assert not hub.files
+
+
+@pytest.mark.parametrize(("options", "said"), [({"hub_model_id": "a b"}, "no name for a repository"), ({}, "no token")])
+def test_a_run_that_could_not_be_pushed_does_not_begin(
+    finetune: Callable[..., Run],
+    tmp_path: Path,
+    hub: Hub,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    said: str,
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    assert finetune(tmp_path / "run", push_to_hub=True, **options).code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_token_can_be_handed_over(run: Run, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Hugging Face's --hub_token; else the client looks for one itself."""
     push(str(run.folder), "me/tiny")
@@ -435,3 +467,15 @@ def test_a_runs_own_push_to_hub_goes_the_same_way(finetune: Callable[..., Run], 
     assert [repo_id for repo_id, _ in hub.asked][:1] == ["run"]
     assert set(hub.files) == TRAINED | {"trained.safetensors"}
     assert not [name for name, content in hub.files.items() if TOKEN.encode() in content]
+
+
+def test_a_token_is_written_nowhere(
+    finetune: Callable[..., Run], tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["finetune.py", "--hub_token", TOKEN, f"--hub_token={TOKEN}", "--seed", "1"]
+    assert without_secrets(words) == ["finetune.py", "--hub_token", "***", "--hub_token=***", "--seed", "1"]
+    monkeypatch.setattr("sys.argv", words)
+    run = finetune(tmp_path / "run", max_steps=1, hub_token=TOKEN)
+    assert run.record["command"] == "finetune.py --hub_token '***' '--hub_token=***' --seed 1"
+    for file in run.folder.rglob("*"):  # Hugging Face writes training_args.bin, which `push` leaves behind
+        assert not file.is_file() or file.name == "training_args.bin" or TOKEN.encode() not in file.read_bytes()

@@ -442,6 +442,12 @@ def test_numbers_that_are_not_finite_are_left_out() -> None:
     assert curves("title", "unit", []) is None
 
 
+def test_a_single_point_is_to_be_seen() -> None:
+    """A line of one point is not."""
+    assert drawn([5.0], [1.0]).lines[0].shows_dots
+    assert not drawn([5.0, 6.0], [1.0, 2.0]).lines[0].shows_dots
+
+
 def test_long_curves_are_averaged() -> None:
     """1,000 points, three at a time; the last group has one."""
     xs = [float(x) for x in range(1000)]

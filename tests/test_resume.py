@@ -83,6 +83,69 @@ def test_an_interrupted_run_ends_in_the_uninterrupted_ones_weights(
     assert_same_bits(second.weights, whole.weights)
 
 
+def test_a_finished_run_that_is_resumed_stays_what_it_is(finetune: Finetune, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 4}
+    run = finetune(tmp_path / "run", **options)
+    before = run.weights
+    again = finetune(tmp_path / "run", resume_from_checkpoint=True, **options)
+    assert again.code == 0
+    assert again.record["results"]["steps"] == 4
+    assert_same_bits(again.weights, before)
+    assert not (run.folder / "checkpoint-5").exists()
+
+
+class SignalInEvaluation(StopOnNonFinite):
+    """SIGTERM while the held-out rows are evaluated after the last step."""
+
+    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == 4 and not getattr(self, "sent", False):
+            self.sent = True
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_after_the_last_step_throws_nothing_away(finetune: Finetune, tmp_path: Path) -> None:
+    evaluated = {"val_set_size": 4, "eval_strategy": "steps", "eval_steps": 4}
+    with mock.patch("to_finetune.finetune.StopOnNonFinite", SignalInEvaluation):
+        run = finetune(tmp_path / "run", **evaluated)
+    assert (run.code, run.record["status"]) == (0, "done")
+    assert_same_bits(run.weights, finetune(tmp_path / "undisturbed", **evaluated).weights)
+
+
+def test_an_interrupted_run_keeps_its_last_checkpoint_beside_the_best(finetune: Finetune, tmp_path: Path) -> None:
+    """Hugging Face deletes all but the best when it ends."""
+    best = {"load_best_model_at_end": True, "save_total_limit": 1, "save_strategy": "steps", "save_steps": 2}
+    best |= {"val_set_size": 4, "eval_strategy": "steps", "eval_steps": 2, "greater_is_better": True}  # the first
+    run = interrupted(finetune, tmp_path / "run", signal.SIGTERM, **best)
+    assert run.record["checkpoint"] == str(run.folder / "checkpoint-4")
+    state = run.trainer.state
+    assert state.best_model_checkpoint == str(run.folder / "checkpoint-2")
+    assert (run.folder / "checkpoint-4" / "to_state").is_dir()
+
+
+def test_a_folder_without_an_optimizers_state_is_no_checkpoint(
+    finetune: Finetune, stopped: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would begin anew, with a fresh optimizer, and not say so."""
+    assert finetune(tmp_path / "new", resume_from_checkpoint=stopped.folder).code == 2
+    said = capsys.readouterr().err
+    assert f"is no checkpoint: it has no optimizer's state. Did you mean '{stopped.folder}/checkpoint-4'?" in said
+
+
+def test_another_runs_checkpoint_is_asked_what_it_was_made_with(
+    finetune: Finetune, stopped: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = stopped.folder / "checkpoint-4"
+    options = {"max_steps": STEPS, "resume_from_checkpoint": checkpoint}
+    assert finetune(tmp_path / "new", learning_rate=0.5, **options).code == 2
+    assert f"the run in {str(stopped.folder)!r} had learning_rate=" in capsys.readouterr().err
+    there = finetune(tmp_path / "there", max_steps=1)
+    assert finetune(there.folder, **options).code == 2
+    assert "holds another run. Choose a new folder." in capsys.readouterr().err
+    new = finetune(tmp_path / "new", **options)
+    assert (new.code, new.record["results"]["steps"]) == (0, STEPS)
+    assert "resume_from_checkpoint" not in (new.folder / "config.yaml").read_text()
+
+
 def test_a_second_signal_stops_at_once(finetune: Finetune, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted(finetune, tmp_path / "run", signal.SIGINT, signal.SIGINT)
@@ -98,6 +161,9 @@ def test_a_second_signal_stops_at_once(finetune: Finetune, tmp_path: Path) -> No
         {"unfrozen_parameters": [r"layers\.2\."]},
         {"learning_rate": 0.5},
         {"weight_decay": 0.5},
+        {"lr_scheduler_type": "cosine"},
+        {"dtype": "bfloat16"},
+        {"completion_only_loss": False},
         {"dataset_name": "other.jsonl"},
         {"dataset_weights": [1.0]},
         {"dataset_streaming": True},
@@ -129,10 +195,10 @@ def test_one_value_may_stand_as_a_list_or_in_quotes(tmp_path: Path) -> None:
     )
     now = {"dataset_name": ["rows.jsonl"], "dataset_weights": [1.0], "seed": 42, "max_length": None}
     now |= {"optim_args": {"beta": 0.2, "alpha": 0.1}, "per_device_train_batch_size": 4}
-    RunRecord(str(tmp_path), now).check_folder("true")
+    RunRecord(str(tmp_path), now).check_folder(str(tmp_path / "checkpoint-2"))
     for other in ({"dataset_name": ["rows.jsonl", "more.jsonl"]}, {"optim_args": {"alpha": 0.1}}, {"max_length": 9}):
         with pytest.raises(UsageError, match=f"had {next(iter(other))}="):
-            RunRecord(str(tmp_path), now | other).check_folder("true")
+            RunRecord(str(tmp_path), now | other).check_folder(str(tmp_path / "checkpoint-2"))
 
 
 def test_a_folder_with_a_run_is_refused(finetune: Finetune, stopped: Run, capsys: pytest.CaptureFixture[str]) -> None:

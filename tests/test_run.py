@@ -163,3 +163,11 @@ def test_a_model_trained_whole_is_saved_whole(finetune: Callable[..., Run], tmp_
     assert_same_bits(dict(saved.named_parameters()), dict(run.trainer.model.named_parameters()))
     with pytest.raises(UsageError, match=r"holds no trained\.safetensors"):
         load_finetuned(run.folder)
+
+
+def test_the_mean_training_loss_is_over_all_steps(finetune: Callable[..., Run], tmp_path: Path) -> None:
+    """Also over those behind the last that `logging_steps` would log."""
+    run = finetune(tmp_path / "run", max_steps=5, logging_steps=4, max_grad_norm=1.0)
+    history = run.trainer.state.log_history
+    assert [row["step"] for row in history if "loss" in row] == [4, 5]
+    assert run.record["results"]["train_loss_mean"] == pytest.approx(history[-1]["train_loss"], rel=1e-6)

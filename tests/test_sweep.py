@@ -88,7 +88,9 @@ class Pretence:
         record: dict[str, Any] = {"status": "done", "results": {"eval_loss": loss, "train_seconds": 2.0}}
         if not math.isfinite(loss):
             word = "loss is nan at step 3: the run has diverged." if loss > 0 else "CUDA is out of memory."
-            record = {"status": "failed", "error": f"{'RunError' if loss > 0 else 'OutOfMemoryError'}: {word}"}
+            error = f"{'RunError' if loss > 0 else 'OutOfMemoryError'}: {word}"
+            # Of an evaluation before, and better than any that ends.
+            record = {"status": "failed", "error": error, "results": {"eval_loss": -1.0, "train_loss_mean": math.nan}}
         (log.parent / "run.json").write_text(json.dumps(record))
         return 0 if math.isfinite(loss) else 1
 
@@ -439,6 +441,9 @@ def test_the_table_has_the_best_first_and_marked(words: list[str], tmp_path: Pat
         (["--search", "dataset_name=a,b"], ["'dataset_name' is not known", "flag that is a number"]),
         (["--search", "bf16=true,false"], ["'bf16' is not known"]),
         (["--search", "seed=1,2,3"], ["seed is not searched", "--seeds"]),
+        (["--search", "data_seed=1,2,3"], ["data_seed is not searched", "--seeds"]),
+        (["--search", "val_set_size=4,8"], ["val_set_size is not searched", "other rows"]),
+        (["--push_to_hub", "true"], ["push_to_hub is not taken here"]),
         (["--search", "learning_rate"], ["'learning_rate' is neither a range, key=low..high, nor a list"]),
         (["--search", "learning_rate="], ["'learning_rate=' is neither a range"]),
         (["--search", "learning_rate=1e-1..1e-3"], ["low end must be below", "'learning_rate=0.001..0.1'"]),

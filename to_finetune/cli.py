@@ -34,6 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; what is finished is kept", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("to_finetune"):
+            raise
+        extra = "paper" if argv[0] == "reproduce" else "hf"
+        print(f'error: {argv[0]} needs {error.name}: pip install "to-finetune[{extra}]"', file=sys.stderr)
+        return 2
     except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
@@ -54,12 +60,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             module = import_module(f"to_finetune.commands.{verb}")
             module.add_arguments(verb_parser)
             known = list(verb_parser._option_string_actions)
+            argv = [_as_defined(word, known) for word in argv]
             verb_parser.set_defaults(run=module.run, takes_flags=getattr(module, "TAKES_FLAGS", False))
     arguments, flags = parser.parse_known_args(argv)
     if flags and not arguments.takes_flags:
         parser.error(f"{asked}: unknown {flags[0]!r}.{did_you_mean(flags[0], known)}")
     arguments.flags = flags
     return arguments
+
+
+def _as_defined(word: str, known: Sequence[str]) -> str:
+    """--output-dir as --output_dir, which the flags of a run are taken for as well."""
+    flag, equals, value = word.partition("=")
+    name = f"--{flag[2:].replace('-', '_')}"
+    return name + equals + value if flag.startswith("--") and name in known else word
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import atexit
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -34,7 +35,7 @@ from to_finetune.training.launch import check_processes
 from to_finetune.training.memory import RunMemory
 from to_finetune.training.prepare import data_report, prepare_data, prepare_model, prepare_trainer
 from to_finetune.training.proofs import check_saved
-from to_finetune.training.push import push
+from to_finetune.training.push import check_push, push
 from to_finetune.training.record import RunRecord, last_checkpoint, resume_point, summarise
 from to_finetune.training.traces import SampleAnswers, SlopeTrace, write_parameters
 from to_finetune.training.trainer import TOSFTTrainer
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return finetune(*parse_arguments(argv))
     except (UsageError, RunError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # each machine has its own files, and errors
             Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), f" {error}"))
         return 2 if isinstance(error, UsageError) else 1
 
@@ -62,6 +63,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     check_processes(args.world_size)
+    if args.push_to_hub:
+        check_push(args.hub_model_id or Path(args.output_dir).name, args.hub_token)
     resume = resume_point(args.resume_from_checkpoint, args.output_dir)
     record = RunRecord(args.output_dir, resolved_config(model_args, data_args, args))
     record.check_folder(resume)
@@ -84,6 +87,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     pushes, args.push_to_hub = args.push_to_hub, False  # the Trainer's own uploads local paths, and the token
     trainer = prepare_trainer(model, tokenizer, args, train_dataset, eval_dataset)
     check_labels(trainer.train_dataset, args.max_length)
+    if trainer.eval_dataset is not None:
+        check_labels(trainer.eval_dataset, args.max_length, "held-out")
     console.print(data_report(trainer), preview(trainer.train_dataset, tokenizer))
 
     signals = SaveOnSignal()
@@ -101,7 +106,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
         if args.should_save:
             samples.take("before")
         trainer.train(resume_from_checkpoint=resume)
-        if signals.received:
+        if signals.stopped:
             return interrupted(trainer, record, signals, console)
         results = finish(trainer, args)
         if args.should_save:
@@ -148,12 +153,12 @@ def conclude(trainer: TOSFTTrainer, record: RunRecord, **outcome: Any) -> None:
 
 def interrupted(trainer: TOSFTTrainer, record: RunRecord, signals: SaveOnSignal, console: Console) -> int:
     """Say where the run can go on from; returns the shell's exit code for the signal."""
-    assert signals.received is not None
+    assert signals.stopped is not None
     last = last_checkpoint(str(record.folder))
     conclude(trainer, record, status="interrupted", checkpoint=last)
-    console.print(f"{signals.received.name}: saved {last}. Go on with --resume_from_checkpoint true.", markup=False)
+    console.print(f"{signals.stopped.name}: saved {last}. Go on with --resume_from_checkpoint true.", markup=False)
     trainer.args.distributed_state.wait_for_everyone()  # torchrun ends all others when the first one leaves
-    return 128 + signals.received
+    return 128 + signals.stopped
 
 
 def summary(results: dict[str, Any], record: RunRecord) -> Table:

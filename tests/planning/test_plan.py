@@ -27,6 +27,7 @@ from to_finetune.planning import (
     speed,
 )
 from to_finetune.planning.dry_run import dry_run
+from to_finetune.planning.fit import _quantized_base
 
 LAST_TWO = (r"model\.layers\.(30|31)\.",)
 TRAINED = 404_766_720
@@ -234,3 +235,12 @@ def test_a_model_that_cannot_run_without_data_is_not_guessed(tiny: Blueprint, mo
     monkeypatch.setattr("transformers.models.qwen2.modeling_qwen2.Qwen2MLP.forward", looks)
     with pytest.raises(CannotSay, match="cannot be run without data"):
         plan(Settings(Workload(tiny, (r"layers\.2\.",), rows=3, length=8)))
+
+
+def test_a_proposal_of_fewer_bits_can_be_copied_behind_the_flags(small: Blueprint) -> None:
+    """A base in 8 bits and in 4 is refused."""
+    work = Workload(small, (r"layers\.[3-5]\.",), rows=1, length=8, device="cpu")
+    for quantization, words in ((None, "--load_in_4bit true"), ("8bit", "--load_in_8bit false --load_in_4bit true")):
+        settings = Settings(replace(work, quantization=quantization))
+        text, lean = _quantized_base(settings)[-1]
+        assert (text, lean.work.quantization) == (words, "4bit")

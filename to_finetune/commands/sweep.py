@@ -96,13 +96,15 @@ def _summarise(made: Sweep, console: Console) -> int:
 
     from to_finetune.report.page import write_report
     from to_finetune.report.sweep import findings, sweep_table
+    from to_finetune.training.arguments import without_secrets
 
     best = [made.folder / trial.folder for trial in made.ranking if trial.loss is not None][:PAGE]
     write_report(best, made.folder / "sweep.html")
     console.print(sweep_table(made))
     for sentence in findings(made):
         console.print(sentence)
-    command = shlex.join(["to-finetune", "train", *made.best_flags, "--output_dir", f"{made.folder}-best"])
+    flags = without_secrets(made.best_flags)
+    command = shlex.join(["to-finetune", "train", *flags, "--output_dir", f"{made.folder}-best"])
     console.print(Text.assemble(("Train with the best: ", "bold"), command), soft_wrap=True)
     console.print(Text(f"{made.folder}/: sweep.json has all of it, sweep.png the picture, sweep.html the best runs."))
     return int(any(trial.status == "failed" for trial in (*made.trials, *made.judged)))

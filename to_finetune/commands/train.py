@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    from to_finetune.training.arguments import ArgumentsElsewhere, parse_arguments
+    from to_finetune.training.arguments import ArgumentsElsewhere, parse_arguments, without_secrets
     from to_finetune.training.launch import command_for, launch
     from to_finetune.training.prepare import check_base
 
@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_base(model_args, args)
     gpus = 0 if args.use_cpu else torch.accelerator.device_count()
     command = command_for(arguments.flags, arguments.num_processes, arguments.accelerate_config, gpus)
-    Console(soft_wrap=True).print(Text(f"$ {shlex.join(command)}", "dim"))
+    Console(soft_wrap=True).print(Text(f"$ {shlex.join(without_secrets(command))}", "dim"))
     os.environ.clear()
     os.environ.update(environment)  # Hugging Face leaves notes on some flags there
     return launch(command)

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.trainer_utils import align_special_tokens
 
 from to_finetune.errors import UsageError, did_you_mean
 from to_finetune.model.adapters import with_adapters
@@ -139,6 +140,7 @@ def load_base(
         model = with_adapters(model, adapter_config(folder))
     if (Path(folder) / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        align_special_tokens(model, tokenizer)  # a run may have taught another end
     return model, tokenizer
 
 

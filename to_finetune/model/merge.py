@@ -58,7 +58,7 @@ def merge(
             quantised, and an `output_dir` that holds something.
         RunError: when the written model gives other logits than the one in memory; nothing is left.
     """
-    folder, output = Path(run), Path(output_dir)
+    folder, output = Path(run), Path(output_dir).resolve()
     found = read_run(str(run))
     if found is None:
         siblings = [str(path) for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []

@@ -80,9 +80,7 @@ def save_trained(
         RunError: when a weight is not finite: the last good file is left in place.
     """
     tensors = trained_tensors(model) if tensors is None else dict(tensors)
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise RunError(f"{len(broken)} trained tensors are not finite, {broken[0]} first; not saved. Lower the rates.")
+    check_finite(tensors)
     path = Path(folder, SAFETENSORS_WEIGHTS_NAME if isinstance(model, PeftModel) else TRAINED_WEIGHTS_NAME)
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt"}
@@ -99,6 +97,17 @@ def save_trained(
     with whole(path) as partial:
         save_file(tensors, partial, metadata=metadata)
     return path
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse to save what has blown up.
+
+    Raises:
+        RunError: naming the first of the tensors that are not finite.
+    """
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise RunError(f"{len(broken)} trained tensors are not finite, {broken[0]} first; not saved. Lower the rates.")
 
 
 def load_trained(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:

@@ -158,8 +158,9 @@ def _quantized_base(settings: Settings) -> list[Level]:
     everything_trains = work.unfrozen_parameters is None and work.lora is None
     if settings.is_sharded or everything_trains or work.quantization == "4bit":
         return []
+    instead = "" if work.quantization is None else f"--load_in_{work.quantization} false "
     return [
-        (f"--load_in_{name} true", replace(settings, work=replace(work, quantization=name)))
+        (f"{instead}--load_in_{name} true", replace(settings, work=replace(work, quantization=name)))
         for name in formats
         if name != work.quantization
     ]

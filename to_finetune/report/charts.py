@@ -174,7 +174,8 @@ def _line(one: Series, x_scale: _Scale, y_scale: _Scale) -> Line:
     if one.dots or len(places) <= HOVERED:
         texts = [f"{one.label}, {x:g}: {_exact(y)}" for x, y in zip(one.xs, one.ys, strict=True)]
         dots = [Dot(x, y, text) for (x, y), text in zip(places, texts, strict=True)]
-    return Line(one.colour, path, f"{one.label}, ends at {_exact(one.ys[-1])}", one.dashed, dots, one.dots)
+    shows_dots = one.dots or len(places) == 1  # a line of one point is not to be seen
+    return Line(one.colour, path, f"{one.label}, ends at {_exact(one.ys[-1])}", one.dashed, dots, shows_dots)
 
 
 def _exact(y: float) -> str:

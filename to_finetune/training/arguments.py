@@ -25,6 +25,8 @@ from to_finetune.training.optimizers import (
     parse_optim_args,
 )
 
+SECRETS = ("hub_token",)  # flags whose values are written nowhere
+
 
 @dataclass
 class ModelArguments:
@@ -294,6 +296,9 @@ def parse_arguments(
     if problems:
         raise UsageError(" ".join(problems))
     config = {key.replace("-", "_"): value for key, value in config.items()}
+    for key, value in config.items():
+        if value is None and not _has_structure(None, types[key]):
+            raise UsageError(f"--config: {key} has no value; leave it out for its default.")
     structured = {key: value for key, value in config.items() if _has_structure(value, types[key])}
     parser.set_defaults_with_config(**structured)
     # All others as if they had been typed before the flags, so that their types and choices are checked as well.
@@ -353,13 +358,27 @@ def resolved_config(model: ModelArguments, data: DataArguments, training: Finetu
         for f in fields(given)
         if f.name in always or getattr(given, f.name) != getattr(default, f.name)
     }
-    config.pop("hub_token", None)
+    for key in (*SECRETS, "resume_from_checkpoint"):  # which is no part of what is repeated
+        config.pop(key, None)
     if training.optim in OPTIMIZERS:
         config["optim_args"] = {
             key: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
             for key, value in training.to_options.items()
         }
     return {key: _plain(value) for key, value in config.items()}
+
+
+def without_secrets(words: Sequence[str]) -> list[str]:
+    """A command line to show or to keep: stars in the place of a token."""
+    shown = list[str]()
+    for before, word in zip(["", *words], words, strict=False):
+        flag, equals, _ = word.partition("=")
+        if before.removeprefix("--") in SECRETS:
+            word = "***"
+        elif equals and flag.removeprefix("--") in SECRETS:
+            word = f"{flag}=***"
+        shown.append(word)
+    return shown
 
 
 def _plain(value: Any) -> Any:

@@ -73,7 +73,10 @@ class ShortBackward(TrainerCallback):
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Stops a run whose loss is NaN or infinite, at the first log that shows it."""
+    """Stops a run whose loss is NaN or infinite, at the first log that shows it; the last steps are logged too."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log = control.should_log or state.global_step >= state.max_steps
 
     def on_log(
         self,
@@ -83,7 +86,7 @@ class StopOnNonFinite(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        for key in ("loss", "eval_loss"):
+        for key in ("loss", "eval_loss", "train_loss"):
             value = (logs or {}).get(key, 0.0)
             if not math.isfinite(value):
                 raise RunError(
@@ -96,11 +99,13 @@ class SaveOnSignal(TrainerCallback):
     """On Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second signal stops at once.
 
     Attributes:
-        received: the signal that stopped the run, or None.
+        received: the signal that came to this process, or None.
+        stopped: the signal that stopped the run, or None; the same in all processes.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.stopped: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
 
     def on_train_begin(
@@ -111,9 +116,12 @@ class SaveOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._any_process_received(args):
-            self.received = self.received or signal.SIGTERM
+            self.stopped = self.received or signal.SIGTERM
             control.should_save = True
             control.should_training_stop = True
+            # Else Hugging Face would put the best weights in the place of these, and delete the checkpoint.
+            args.load_best_model_at_end = False
+            args.save_total_limit = max(args.save_total_limit, 2) if args.save_total_limit else None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

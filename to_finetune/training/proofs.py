@@ -36,6 +36,7 @@ class EngagementProofs(TrainerCallback):
         self.proofs: dict[str, Any] = {}
         self._before: dict[str, int] = {}
         self._steps = 0
+        self._skipped = 0
         self._began_at = 0
 
     def on_train_begin(
@@ -50,6 +51,7 @@ class EngagementProofs(TrainerCallback):
             layouts = [layout for group in live.param_groups for _, layout in live.layouts(group) if layout.shards]
             if layouts:
                 self.proofs["sharded_tensors"] = sum(len(layout.runs) for layout in layouts)
+            self._skipped = int(live.skipped_steps())
         self._before = fingerprints(model)
         self._began_at = state.global_step
 
@@ -57,7 +59,8 @@ class EngagementProofs(TrainerCallback):
         if "moved_after_first_step" in self.proofs:
             return
         moved = self._moved(kwargs["model"])
-        self._steps += 1
+        if not self._was_skipped(kwargs["optimizer"]):
+            self._steps += 1
         if moved:
             self.proofs["moved_after_first_step"] = len(moved)
             self.proofs["frozen_tensors_unmoved"] = len(self._before) - self.proofs["trained_tensors"]
@@ -70,7 +73,17 @@ class EngagementProofs(TrainerCallback):
         trained = {name for name, p in kwargs["model"].named_parameters() if p.requires_grad}
         if "moved_after_first_step" not in self.proofs and not self._began_at and state.global_step >= state.max_steps:
             raise RunError(NOTHING_MOVED)  # a whole run of one step, or of none
-        self.proofs["never_moved"] = sorted(trained - self._moved(kwargs["model"]))
+        moved = self._moved(kwargs["model"])
+        if not self._began_at:  # what moved before a resume is not known
+            self.proofs["never_moved"] = sorted(trained - moved)
+
+    def _was_skipped(self, optimizer: Any) -> bool:
+        """Whether float16's loss scaler, or the TO itself, took no step because a gradient was not finite."""
+        if getattr(optimizer, "step_was_skipped", False):
+            return True
+        live = unwrapped(optimizer)
+        before, self._skipped = self._skipped, int(live.skipped_steps()) if isinstance(live, TrainableOptimizer) else 0
+        return self._skipped > before
 
     def _moved(self, model: nn.Module) -> set[str]:
         """The trained tensors that differ from the start.

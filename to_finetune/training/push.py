@@ -64,12 +64,7 @@ def push(
     if run is None:
         what = "is no run with trained weights" if Path(name).exists() else "is no folder"
         raise UsageError(f"{name!r} {what}.")
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UsageError(f"repo_id={repo_id!r} is no name for a repository: {error}") from None
-    if not dry_run and (token or get_token()) is None:
-        raise UsageError("There is no token for the hub: `hf auth login` stores one, or set HF_TOKEN.")
+    check_push(repo_id, token, dry_run)
     with TemporaryDirectory(prefix="hub-", dir=run.folder) as scratch:  # beside the weights, to be linked, not copied
         folder = Path(scratch) / DRY_RUN
         write_folder(run, folder, repo_id, merged)
@@ -80,6 +75,20 @@ def push(
         shutil.rmtree(final, ignore_errors=True)
         os.replace(folder, final)
         return Pushed(str(final), sizes)
+
+
+def check_push(repo_id: str, token: str | None = None, dry_run: bool = False) -> None:
+    """Refuse what `push` would refuse of these.
+
+    Raises:
+        UsageError: for a name that the hub does not take, and without a token.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(f"repo_id={repo_id!r} is no name for a repository: {error}") from None
+    if not dry_run and (token or get_token()) is None:
+        raise UsageError("There is no token for the hub: `hf auth login` stores one, or set HF_TOKEN.")
 
 
 def write_folder(run: FinetunedRun, folder: Path, repo_id: str, merged: bool = False) -> None:
@@ -151,6 +160,8 @@ def _upload(folder: Path, repo_id: str, private: bool, token: str | None) -> str
     try:
         # None leaves it to the account's own default.
         repository = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if private and not api.repo_info(repository.repo_id).private:  # of one that was there the wish is ignored
+            raise UsageError(f"repo_id={repo_id!r} is there, and public: make it private first, or name another.")
         api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="A run of to_finetune")
     except HfHubHTTPError as error:
         status = error.response.status_code

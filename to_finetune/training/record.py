@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from to_finetune.errors import UsageError
 from to_finetune.files import check_place, write_whole
 from to_finetune.machine import machine
+from to_finetune.training.arguments import without_secrets
 
 MUST_AGREE = (
     "model_name_or_path",
@@ -36,7 +38,13 @@ MUST_AGREE = (
     "optim",
     "optim_args",
     "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
     "weight_decay",
+    "max_grad_norm",
+    "dtype",
+    "completion_only_loss",
+    "assistant_only_loss",
     "dataset_name",
     "dataset_weights",
     "dataset_streaming",
@@ -50,6 +58,9 @@ MUST_AGREE = (
 )
 
 
+OPTIMIZER_STATES = ("to_state", "optimizer.pt", "optimizer.bin", "latest")  # ours; Hugging Face's; FSDP's; DeepSpeed's
+
+
 class RunRecord:
     """The folder of one run. Both files are written beside and renamed, so that neither is ever half there."""
 
@@ -57,33 +68,34 @@ class RunRecord:
         self.folder = Path(folder)
         self.values: dict[str, Any] = {
             "status": "running",
-            "command": shlex.join(sys.argv),
+            "command": shlex.join(without_secrets(sys.argv)),
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **machine(),
         }
         self.config = config
 
-    def check_folder(self, resume: str | bool | None) -> None:
+    def check_folder(self, resume: str | None) -> None:
         """Refuse a folder that holds another run, and a resume that is not of the same run.
 
         Raises:
             UsageError: naming the folder, or the keys that differ.
         """
         check_place("output_dir", self.folder / "run.json")
-        saved = self.folder / "config.yaml"
+        resumed = self.folder if resume is None else Path(resume).resolve().parent
+        is_another = resume is None or resumed != self.folder.resolve()
+        if is_another and (self.folder / "run.json").exists() and not was_restarted():
+            last = last_checkpoint(str(self.folder))
+            go_on = ", or continue that run with --resume_from_checkpoint true" if last else ""
+            raise UsageError(f"output_dir={str(self.folder)!r} holds another run. Choose a new folder{go_on}.")
         if resume is None:
-            if (self.folder / "run.json").exists() and not was_restarted():
-                raise UsageError(
-                    f"output_dir={str(self.folder)!r} holds another run. Choose a new folder, "
-                    "or continue that run with --resume_from_checkpoint true."
-                )
             return
+        saved = resumed / "config.yaml"
         if saved.exists():
             before = yaml.safe_load(saved.read_text(encoding="utf-8"))
             differing = [key for key in MUST_AGREE if _words(before.get(key)) != _words(self.config.get(key))]
             if differing:
                 raise UsageError(
-                    f"resume_from_checkpoint: the run in {str(self.folder)!r} had "
+                    f"resume_from_checkpoint: the run in {str(resumed)!r} had "
                     + ", ".join(f"{key}={before.get(key)!r}, now {self.config.get(key)!r}" for key in differing)
                     + ". Resume with the same settings, or start a new run."
                 )
@@ -127,6 +139,10 @@ def resume_point(asked: str | None, output_dir: str) -> str | None:
     if word != "true":
         if not os.path.isdir(str(asked)):
             raise UsageError(f"resume_from_checkpoint={asked!r}: no such folder. 'true' takes the last checkpoint.")
+        if not any(Path(str(asked), name).exists() for name in OPTIMIZER_STATES):
+            near = last_checkpoint(str(asked))
+            hint = f" Did you mean {near!r}?" if near else ""
+            raise UsageError(f"resume_from_checkpoint={asked!r} is no checkpoint: it has no optimizer's state.{hint}")
         return asked
     if last is None:
         raise UsageError(f"resume_from_checkpoint={asked!r}: there is no checkpoint in {output_dir!r}.")
@@ -150,7 +166,9 @@ def summarise(history: Sequence[Mapping[str, Any]], saved_step: int | None = Non
         history: of the run.
         saved_step: the one whose weights are saved, for the held-out loss; None for the last.
     """
-    losses = [row["loss"] for row in history if "loss" in row]
+    rows = [row for row in history if "loss" in row]
+    losses = [row["loss"] for row in rows]  # each the mean since the row before
+    steps = [row["step"] - before for row, before in zip(rows, [0, *(row["step"] for row in rows)], strict=False)]
     first = losses[: len(losses) // 5]
 
     def last(key: str, step: int | None = None) -> Any:
@@ -158,7 +176,7 @@ def summarise(history: Sequence[Mapping[str, Any]], saved_step: int | None = Non
 
     return {
         "steps": last("step"),
-        "train_loss_mean": sum(losses) / len(losses) if losses else last("train_loss"),
+        "train_loss_mean": sum(map(mul, losses, steps)) / sum(steps) if losses else last("train_loss"),
         "train_loss_first_fifth": sum(first) / len(first) if first else None,
         "eval_loss": last("eval_loss", saved_step),
         "train_seconds": last("train_runtime"),

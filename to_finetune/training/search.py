@@ -108,8 +108,10 @@ def _kind(key: str, args: FinetuneArguments) -> type:
         UsageError: for anything else.
     """
     kinds = {**_options(args), **_number_flags()}
-    if key == "seed":
-        raise UsageError("search: seed is not searched, the best would be a lucky one; --seeds judges the best.")
+    if key in ("seed", "data_seed"):
+        raise UsageError(f"search: {key} is not searched, the best would be a lucky one; --seeds judges the best.")
+    if key == "val_set_size":
+        raise UsageError("search: val_set_size is not searched: each trial would be judged on other rows.")
     if key not in kinds:
         near = did_you_mean("learning_rate" if key == "lr" else key, kinds)
         options = f"the options of {args.optim}: {', '.join(_options(args))}" if _options(args) else "no options here"

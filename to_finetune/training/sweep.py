@@ -29,6 +29,7 @@ from to_finetune.training.arguments import (
     ModelArguments,
     parse_arguments,
     resolved_config,
+    without_secrets,
 )
 from to_finetune.training.launch import on_stop
 from to_finetune.training.record import last_checkpoint
@@ -183,7 +184,7 @@ class Sweep:
             "search": self.search,
             "planned": self.planned,
             "best": self.best.number if self.best else None,
-            "best_flags": self.best_flags,
+            "best_flags": without_secrets(self.best_flags),
             "at_an_end_of_its_range": self.edges(),
             "interpolated_loss_at_a_third_of_the_best_rate": _no_infinity(self.loss_at(1 / 3)),
             "interpolated_loss_at_three_times_the_best_rate": _no_infinity(self.loss_at(3)),
@@ -283,6 +284,8 @@ def _parse(flags: Sequence[str]) -> Arguments:
     base = parse_arguments(flags, ArgumentsElsewhere)
     if base[2].resume_from_checkpoint is not None:
         raise UsageError("resume_from_checkpoint is not taken here: the same command goes on where the sweep stopped.")
+    if base[2].push_to_hub:
+        raise UsageError("push_to_hub is not taken here: every trial would be. `to-finetune push` takes the best.")
     return base
 
 
@@ -379,8 +382,9 @@ def _run(made: Sweep, number: int, values: dict[str, Any], name: str, on_line: C
         code = _finetune(words, folder / "log.txt", lambda line: on_line(name, line))
         if code == 2 and _record(folder).get("status") != "done":
             raise UsageError(f"{name}: {_last_line(folder).removeprefix('error: ')}")
-    results = _record(folder).get("results", {})
-    return _ended(made, number, values, name, results.get(made.objective))
+    record = _record(folder)  # one that failed has results too, of the steps before
+    loss = record["results"].get(made.objective) if record.get("status") == "done" else None
+    return _ended(made, number, values, name, loss)
 
 
 def _ended(made: Sweep, number: int, values: dict[str, Any], name: str, loss: float | None) -> Trial:

@@ -17,6 +17,7 @@ from trl import SFTTrainer
 
 from to_finetune.data.preview import IGNORED
 from to_finetune.model.trained import (
+    check_finite,
     holds_trained,
     load_trained,
     parameter_names,
@@ -112,6 +113,7 @@ class TrainableOptimizerMixin(_Base):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.is_partly_frozen():
+            check_finite(dict(self.model.named_parameters()) if state_dict is None else state_dict)
             super()._save(output_dir, state_dict)
             return
         if not self.args.should_save:  # Hugging Face calls this in every process
@@ -149,6 +151,13 @@ class TrainableOptimizerMixin(_Base):
             self._load_from_checkpoint(str(resume_from_checkpoint), self.model_wrapped)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Hugging Face's; nothing where a finished run is resumed, which would take one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = str(resume_from_checkpoint)
