@@ -49,6 +49,8 @@ class IdeaTO(Optimizer):
         warm: beta is ``max(beta, 1/(t + 1))`` in step t = 0, 1, ..., so that the estimate is a mean from the start.
         momentum: the step is taken along a running mean of G with this factor.
         clip: the residual is clipped to so many times its tensor's rms.
+        slope: without it b alone learns, at the rate that slope and offset have together,
+            ``beta + alpha w^2 / mean(w^2)``: a running mean with a rate of its own for each weight.
     """
 
     def __init__(
@@ -62,10 +64,11 @@ class IdeaTO(Optimizer):
         warm: bool = False,
         momentum: float = 0.0,
         clip: float = 0.0,
+        slope: bool = True,
     ) -> None:
         super().__init__(params, {"lr": lr})
         self.alpha, self.beta, self.centre, self.rows = alpha, beta, centre, rows
-        self.warm, self.momentum, self.clip = warm, momentum, clip
+        self.warm, self.momentum, self.clip, self.slope = warm, momentum, clip, slope
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -88,8 +91,11 @@ class IdeaTO(Optimizer):
         if self.clip:
             bound = self.clip * self._rms(residual)
             residual = residual.clamp(-bound, bound)
-        state["a"] -= torch.where(x != 0, gain / x, 0.0) * residual
-        state["b"] -= beta * residual
+        if self.slope:
+            state["a"] -= torch.where(x != 0, gain / x, 0.0) * residual
+            state["b"] -= beta * residual
+        else:
+            state["b"] -= (beta + gain) * residual
         G = state["a"] * x + state["b"]
         if self.momentum:
             G = state["m"].mul_(self.momentum).add_(G, alpha=1 - self.momentum)

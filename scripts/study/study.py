@@ -86,6 +86,7 @@ METHODS = {
 IDEAS: dict[str, dict[str, Any]] = {  # options of `IdeaTO`
     "centred on the start": {"centre": "start"},
     "centred on the running mean": {"centre": "mean"},
+    "the rates without the slope": {"slope": False},
     "rows": {"rows": True},
     "warm beta": {"warm": True},
     "momentum on the step": {"momentum": 0.5},
