@@ -397,7 +397,7 @@ def test_damaged_weights_are_refused(run: Run, tmp_path: Path, capsys: pytest.Ca
     (folder / "trained.safetensors").write_text("garbage")
     assert main(["push", str(folder), "--repo_id", "me/tiny", "--dry_run"]) == 2
     assert "error: The run's trained.safetensors is damaged: " in capsys.readouterr().err
-    assert not list(folder.glob("hub*"))
+    assert not list(folder.glob("hub-*"))
 
 
 def test_without_a_token_it_says_how_to_have_one(
