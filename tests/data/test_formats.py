@@ -17,6 +17,7 @@ from .rows import CHAT, CHAT_PIECES, SHAREGPT, Learned, alpaca, prepared, tokens
 
 Prepare = Callable[..., Any]
 
+PARTS = [{"type": "text", "text": "red "}, {"type": "text", "text": "bird"}]
 FORMS: dict[str, tuple[list[dict[str, Any]], list[list[str]]]] = {
     "alpaca": (ALPACA_ROWS[:2], [alpaca(row) for row in ALPACA_ROWS[:2]]),  # without and with an input
     "prompt-completion": (
@@ -93,6 +94,15 @@ def test_an_empty_input_is_none(
             {"messages": [{"role": "user", "content": 3}, {"role": "assistant", "content": 4}]},
             ["<s>### Instruction:\n3\n\n### Response:\n", Learned("4</s>")],
         ),
+        # OpenAI's parts are one text, also beside turns that are plain text.
+        (
+            {"messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": PARTS}]},
+            ["<s>### Instruction:\nred bird\n\n### Response:\n", Learned("red bird</s>")],
+        ),
+        (
+            {"messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": "blue"}]},
+            ["<s>### Instruction:\nred bird\n\n### Response:\n", Learned("blue</s>")],
+        ),
         # What comes after the last answer is seen at most.
         ({"messages": CHAT[:4]}, [*CHAT_PIECES[:2], CHAT_PIECES[2]]),
     ],
@@ -107,6 +117,8 @@ def test_an_empty_input_is_none(
         "no content",
         "developer",
         "numbers in turns",
+        "parts",
+        "parts and text",
         "question at the end",
     ],
 )
@@ -168,12 +180,19 @@ def test_columns_that_are_not_read_are_said(tmp_path: Path) -> None:
 
 ROLE = {"conversations": [{"from": "human", "value": "red?"}, {"from": "bard", "value": "blue"}]}
 GOOD = {"messages": CHAT}
+IMAGE = {"type": "image_url", "image_url": {"url": "red.png"}}
 BROKEN = {
     "role": ([{"conversations": SHAREGPT}, ROLE], "row 1: the role of a turn is one of", "human, gpt, not 'bard'"),
     "role that is no word": ([{"messages": [{"role": ["user"], "content": "red"}]}], "human, gpt, not ['user']"),
     "no turns": ([GOOD, {"messages": []}], "row 1: messages must be a list of {role, content}", "not []"),
     "text for turns": ([{"messages": "red"}], "row 0: messages must be a list", "not 'red'"),
     "no content": ([{"messages": [{"role": "user"}]}], "row 0: a turn of messages must have a role and a content"),
+    "image": (
+        [{"messages": [{"role": "user", "content": PARTS}]}, {"messages": [{"role": "user", "content": [IMAGE]}]}],
+        "row 1: the content of a turn must be text or parts of {type: text}, not [{'type': 'image_url'",
+    ),
+    "parts without a type": ([{"messages": [{"role": "user", "content": ["red"]}]}], "row 0: the content", "['red']"),
+    "mapping": ([{"messages": [{"role": "user", "content": {"red": 1}}]}], "row 0: the content", "not {'red': 1}"),
     "prompt of turns": ([{"prompt": CHAT, "completion": "red"}], "row 0: completion must be a list of {role, content}"),
     "mixed prompts": (
         [{"prompt": "red", "completion": "blue"}, {"prompt": CHAT[:2], "completion": CHAT[2:3]}],

@@ -88,9 +88,7 @@ def _turns_type(before: Any) -> Any:
     if not isinstance(turn, dict):  # as JSON, where turns differ; or no turns at all, which is said of the row
         return before
     rest = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
-    content = turn.get("content", turn.get("value"))
-    text = Value("string") if isinstance(content, Value) or content is None else content
-    return type(before)({"role": Value("string"), "content": text, **rest})
+    return type(before)({"role": Value("string"), "content": Value("string"), **rest})
 
 
 def _alpaca_row(row: dict[str, Any], index: int, source: str, columns: list[str]) -> dict[str, str]:
@@ -132,10 +130,22 @@ def _turn(turn: dict[str, Any], index: int, source: str, column: str) -> dict[st
     if str(turn[role]) not in ROLES:
         raise _malformed(source, index, f"the role of a turn is one of {', '.join(ROLES)}", turn[role])
     rest = {key: value for key, value in turn.items() if key not in (role, content) and value is not None}
-    text = turn.get(content)
+    text = _joined(turn.get(content))
     if text is None:
-        text = ""  # of a turn that calls a tool; a template would write "None"
-    return {"role": ROLES[turn[role]], "content": text if isinstance(text, list) else str(text), **rest}
+        raise _malformed(
+            source, index, f"the {content} of a turn must be text or parts of {{type: text}}", turn[content]
+        )
+    return {"role": ROLES[turn[role]], "content": text, **rest}
+
+
+def _joined(content: Any) -> str | None:
+    """The text of a turn, also where it is OpenAI's parts, which few templates take; None for what is not all text."""
+    if content is None:
+        return ""  # of a turn that calls a tool; a template would write "None"
+    if not isinstance(content, (list, dict)):
+        return str(content)
+    parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    return "".join(parts) if all(isinstance(part, str) for part in parts) else None
 
 
 def _malformed(source: str, index: int, wanted: str, found: Any) -> UsageError:
