@@ -91,6 +91,8 @@ BAD = {
     "no assistant": ({"dataset_name": "no_assistant.jsonl"}, "no assistant"),
     "nothing left to train on": ({"val_set_size": 24}, "val_set_size=24", "24 rows"),
     "negative rows": ({"val_set_size": -1}, "val_set_size=-1", "24 rows"),
+    "rows that are no number": ({"val_set_size": "nan"}, "val_set_size=nan is not valid: a number or a share"),
+    "rows without end": ({"val_set_size": "inf"}, "val_set_size=inf is not valid: a number or a share"),
     "evaluation of nothing": ({"eval_strategy": "steps"}, "eval_strategy='steps'", "--val_set_size"),
     "all labels masked": ({"max_length": 20}, "All labels are masked", "max_length=20"),
     # the rest

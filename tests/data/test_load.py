@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
 import pytest
 from transformers import PreTrainedTokenizerBase
 
@@ -30,6 +31,47 @@ def test_a_folder_and_a_pattern_are_all_their_files(
         write_jsonl(Path(f"parts/{i}.jsonl"), ALPACA_ROWS[i : i + 1])
     Path("parts/README.md").write_text("Three rows.")
     assert prepared(prepare(name).train_dataset) == [tokens(tokenizer, forms.alpaca(row)) for row in ALPACA_ROWS[:3]]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["read", "streamed"])
+def test_a_folder_some_of_whose_files_would_not_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    """One name that holds a split's makes splits of all files, and those that it has no split for are lost."""
+    monkeypatch.chdir(tmp_path)
+    Path("parts").mkdir()
+    for name, rows in (("train_part", 3), ("extra", 5), ("more_eval", 2)):
+        write_jsonl(Path(f"parts/{name}.jsonl"), [{"text": f"{name} {i}"} for i in range(rows)])
+    with pytest.raises(UsageError) as raised:
+        load_data(["parts"], streaming=streaming)
+    said = "the splits train, test, by their names, and 'parts/extra.jsonl' is in none, as 1 of 3 are."
+    assert said in str(raised.value)
+    assert str(raised.value).endswith("with a pattern: 'parts/*.jsonl'.")
+    assert len(load_data(["parts/*.jsonl"]).train) == 10
+
+
+@pytest.mark.parametrize("names", [("train-0", "training_1", "my_test"), ("train/a", "train/b", "test/a")])
+def test_a_folder_has_the_splits_that_its_files_are_named_after(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """What an editor or `datasets` itself leaves there is no data."""
+    for name in (*names, ".hidden/train", "dataset_info"):
+        path = tmp_path / "parts" / f"{name}.json{'' if name == 'dataset_info' else 'l'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(path, [{"text": name}])
+    (tmp_path / "link").symlink_to("parts")
+    for folder in ("parts", "link"):
+        data = load_data([str(tmp_path / folder)], eval_split="test")
+        assert [row["text"] for row in data.train] == list(names[:2])
+        assert data.held_out is not None
+        assert data.held_out["text"] == [names[2]]
+
+
+def test_a_csv_files_column_without_a_name_is_not_read(tmp_path: Path) -> None:
+    """pandas writes its index as such a one."""
+    rows = [{"prompt": "red", "completion": "007"}, {"prompt": "blue", "completion": "None"}]
+    pd.DataFrame(rows).to_csv(tmp_path / "rows.csv")
+    data = load_data([str(tmp_path / "rows.csv")])
+    assert data.train.to_list() == rows
+    assert [note.split(": ", 1)[1] for note in data.notes] == ["not read are the columns Unnamed: 0."]
 
 
 def test_a_split_takes_a_part(alpaca: Path) -> None:

@@ -132,6 +132,25 @@ def test_held_out_rows_that_are_trained_on_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        ({"eval_name": "test.jsonl"}, "val_set_size=0.05 holds nothing out: eval_dataset_name='test.jsonl' says"),
+        ({"eval_split": "train[:1]"}, "val_set_size=0.05 holds nothing out: dataset_test_split='train[:1]' says"),
+    ],
+    ids=["data", "split"],
+)
+def test_what_is_evaluated_on_is_said_where_two_flags_name_it(
+    sets: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: dict[str, str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(Path("test.jsonl"), [{"text": "a"}])
+    data = load_data(sets[:1], val_set_size=0.05, **named)  # type: ignore[arg-type]
+    assert data.held_out is not None
+    assert (len(data.train), len(data.held_out)) == (400, 1)
+    assert [note for note in data.notes if said in note] == data.notes[-1:]
+
+
+@pytest.mark.parametrize(
     ("weights", "said"),
     [
         ([1.0], "dataset_weights=1 is not valid: one for each of the 2 sets"),

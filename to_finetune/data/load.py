@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from glob import glob, has_magic
+from itertools import chain
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple
 
-from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets, load_dataset
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_dataset_builder,
+)
+from datasets.data_files import FILES_TO_IGNORE
 from datasets.exceptions import DatasetGenerationError
 
 from to_finetune.data.formats import Rows, Standard, standard
@@ -93,6 +104,9 @@ def load_data(
         held_out = concatenate_datasets([read_all(one.rows) for one in eval_sets])
         if not streaming and (known := _also_in(held_out, rows)):
             notes.append(f"{known:,} of the {len(held_out):,} held-out rows are trained on as well.")
+        if val_set_size:
+            other = f"eval_dataset_name={eval_name!r}" if eval_name else f"dataset_test_split={eval_split!r}"
+            notes.append(f"val_set_size={val_set_size:g} holds nothing out: {other} says what is evaluated on.")
     elif val_set_size:
         rows, held_out = hold_out(rows, val_set_size, weights)
     train, drawn = mix(rows, weights, seed)
@@ -129,7 +143,9 @@ def _read(source: str, name: str, split: str, config: str | None, streaming: boo
             kind = _only_kind(source, files)
             if kind == "csv":
                 options |= _as_text(files[0])
-            if not Path(name).is_dir():
+            if Path(name).is_dir():
+                _check_splits(source, name, files)
+            else:
                 where, options["data_files"] = (kind, None), [str(file) for file in files]
         rows = load_dataset(*where, **options)
         if kind == "text":
@@ -166,7 +182,8 @@ def _as_text(file: Path) -> dict[str, Any]:
     """Options of a CSV file whose cells are text as they stand: 007 and None are no number and no empty cell."""
     with file.open(newline="", encoding="utf-8-sig") as lines:
         columns = next(csv.reader(lines))
-    return {"features": Features({column: Value("string") for column in columns}), "keep_default_na": False}
+    names = [column or f"Unnamed: {i}" for i, column in enumerate(columns)]  # as pandas, which reads it, calls them
+    return {"features": Features({name: Value("string") for name in names}), "keep_default_na": False}
 
 
 def _is_not_blank(row: dict[str, str]) -> bool:
@@ -174,10 +191,16 @@ def _is_not_blank(row: dict[str, str]) -> bool:
 
 
 def _existing(source: str, name: str) -> list[Path]:
-    """The file of that name, or those that a pattern finds or a folder holds."""
+    """The file of that name, or those that a pattern finds or a folder holds, but what `datasets` takes for no data."""
     path = Path(name)
     if has_magic(name) or path.is_dir():
-        found = map(Path, glob(name, recursive=True)) if has_magic(name) else path.rglob("*")
+        inside = [] if has_magic(name) else [file.relative_to(path) for file in path.rglob("*")]
+        data = [
+            path / file
+            for file in inside
+            if file.name not in FILES_TO_IGNORE and not any(part.startswith((".", "__")) for part in file.parts)
+        ]
+        found = map(Path, glob(name, recursive=True)) if has_magic(name) else data
         files = sorted(file for file in found if file.suffix.lower() in BUILDERS)
         if not files:
             raise UsageError(f"{source} finds no file that ends in {', '.join(BUILDERS)}.")
@@ -190,6 +213,18 @@ def _existing(source: str, name: str) -> list[Path]:
         if file.stat().st_size == 0:
             raise UsageError(f"{source} is empty." if len(files) == 1 else f"{source}: {str(file)!r} is empty.")
     return files
+
+
+def _check_splits(source: str, folder: str, files: Sequence[Path]) -> None:
+    """Refuse a folder some of whose files `datasets` would drop: beside names such as train and test those without."""
+    splits = {str(key): list(value) for key, value in load_dataset_builder(folder).config.data_files.items()}
+    used = set(map(os.path.realpath, chain(*splits.values())))
+    if dropped := [file for file in files if os.path.realpath(file) not in used]:
+        raise UsageError(
+            f"{source}: its files are read as the splits {', '.join(splits)}, by their names, and "
+            f"{str(dropped[0])!r} is in none, as {len(dropped)} of {len(files)} are. Name every file after a split, or "
+            f"say which to read with a pattern: {str(Path(folder, '*' + dropped[0].suffix))!r}."
+        )
 
 
 def _only_kind(source: str, files: Sequence[Path]) -> str:
