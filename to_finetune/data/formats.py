@@ -144,8 +144,9 @@ def _joined(content: Any) -> str | None:
         return ""  # of a turn that calls a tool; a template would write "None"
     if not isinstance(content, (list, dict)):
         return str(content)
-    parts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
-    return "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    all_text = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
+    return "".join(map(str, texts)) if all_text else None
 
 
 def _malformed(source: str, index: int, wanted: str, found: Any) -> UsageError:
