@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentError
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -228,6 +229,8 @@ class FinetuneArguments(TrainableOptimizerArguments, SFTConfig):
             self.dataloader_pin_memory = False
         if self.gradient_checkpointing and hasattr(self, "activation_checkpointing"):
             self.activation_checkpointing = True  # its name from transformers 5.2x on; the old one warns
+        if (switch := str(self.fsdp).lower()) in ("true", "false"):  # words to Hugging Face, which knows the bare flag
+            self.__dict__["fsdp"] = switch == "true"
         super().__post_init__()
 
 
@@ -299,15 +302,20 @@ def parse_arguments(
     for key, value in config.items():
         if value is None and not _has_structure(None, types[key]):
             raise UsageError(f"--config: {key} has no value; leave it out for its default.")
+        if value == [] and key != "report_to":  # which so says none
+            raise UsageError(f"--config: {key} is an empty list; leave it out for its default.")
     structured = {key: value for key, value in config.items() if _has_structure(value, types[key])}
-    parser.set_defaults_with_config(**structured)
     # All others as if they had been typed before the flags, so that their types and choices are checked as well.
     argv = [f"--{key}={value}" for key, value in config.items() if key not in structured] + argv
     try:
+        for action in parser._actions:
+            if isinstance(value := structured.get(action.dest), list):  # its items are checked here
+                structured[action.dest] = [parser._get_value(action, str(item)) for item in value]
+        parser.set_defaults_with_config(**structured)
         model, data, args, *rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except UsageError:
         raise
-    except (ValueError, TypeError, ImportError) as error:
+    except (ArgumentError, ValueError, TypeError, ImportError) as error:
         raise UsageError(str(error)) from error
     if rest[0]:
         raise UsageError(f"Cannot make sense of {' '.join(rest[0])!r}: a flag begins with '--'.")
@@ -382,11 +390,13 @@ def without_secrets(words: Sequence[str]) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Enums and other string-likes as what YAML can hold."""
+    """Enums, other string-likes and Hugging Face's own settings as what YAML can hold."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     if value is None or type(value) in (bool, int, float, str):
         return value
+    if hasattr(value, "to_dict"):
+        return _plain(value.to_dict())
     return str(getattr(value, "value", value))

@@ -1,0 +1,78 @@
+"""The flags of a run: a file's are checked as if they were typed, and config.yaml is a file that repeats the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from to_finetune.errors import UsageError
+from to_finetune.training.arguments import parse_arguments, resolved_config
+
+NEEDED = {"model_name_or_path": "model", "dataset_name": ["rows.jsonl"], "output_dir": "run", "use_cpu": True}
+WRITTEN = {
+    "accelerator config": ["--accelerator_config", '{"split_batches": true}'],
+    "FSDP": ["--fsdp"],
+    "FSDP in words": ["--fsdp", "full_shard", "--fsdp_config", '{"version": 2}'],
+    "enums": ["--lr_scheduler_type", "cosine", "--eval_strategy", "steps", "--hub_strategy", "all_checkpoints"],
+    "list of enums": ["--debug", "underflow_overflow"],
+    "mapping": ["--lr_scheduler_kwargs", '{"min_lr": 1e-5}', "--model_init_kwargs", '{"a": null}'],
+    "options": ["--optim_args", "alpha=7e-1,state_dtype=bfloat16"],
+    "options of another": ["--optim", "adamw_torch", "--optim_args", "eps=1e-6"],
+    "numbers": ["--dataset_weights", "7e-1", "3e-1", "--eval_steps", "0.5", "--pad_to_multiple_of", "8"],
+    "none": ["--report_to", "none", "--max_length", "none"],
+    "words like numbers": ["--run_name", "1e3", "--unfrozen_parameters", "1.5", "null", "--dataset_config=-x"],
+}
+
+
+def parsed(folder: Path, config: dict[str, Any]) -> Any:
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(config))
+    return parse_arguments(["--config", str(recipe)])
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_a_configuration_that_is_written_is_read_again(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")  # which Hugging Face sets
+    flags = ["--model_name_or_path=model", "--dataset_name", "a", "b", "--output_dir=run", "--use_cpu=true"]
+    first = resolved_config(*parse_arguments(flags + WRITTEN[case]))
+    again = parsed(tmp_path, first)
+    assert resolved_config(*again) == first
+    assert {word[2:].split("=")[0] for word in WRITTEN[case] if word.startswith("--")} <= set(first)
+
+
+def test_a_files_lists_are_of_the_flags_types(tmp_path: Path) -> None:
+    """YAML takes 7e-1 for a word, and names may look like numbers."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model_name_or_path: m\ndataset_name: [a, 2024]\ndataset_weights: [7e-1, 3e-1]\nunfrozen_parameters: [1.5]\n"
+    )
+    model, data, _ = parse_arguments(["--config", str(recipe), "--use_cpu", "true"])
+    assert data.dataset_name == ["a", "2024"]
+    assert data.dataset_weights == [0.7, 0.3]
+    assert model.unfrozen_parameters == ["1.5"]
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"dataset_weights": [0.5, "much"]}, "--dataset_weights.*: invalid float value: 'much'"),
+        ({"debug": ["all"]}, "--debug: invalid DebugOption value: 'all'"),
+        ({"dataset_name": []}, "--config: dataset_name is an empty list; leave it out"),
+    ],
+    ids=["no number", "no choice", "empty"],
+)
+def test_a_list_that_cannot_be_is_refused(tmp_path: Path, config: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        parsed(tmp_path, {**NEEDED, **config})
+
+
+@pytest.mark.parametrize(("word", "on"), [("true", True), ("True", True), ("false", False)])
+def test_fsdp_is_a_switch(word: str, on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+    _, _, args = parse_arguments(["--model_name_or_path=m", "--dataset_name=d", "--use_cpu=true", "--fsdp", word])
+    assert args.fsdp is on
