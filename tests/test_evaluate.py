@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from to_finetune.cli import main
 from to_finetune.data.alpaca import alpaca_prompt
+from to_finetune.training.prepare import prepare_trainer
 
 from .helpers import ALPACA_ROWS, Run, write_jsonl
 
@@ -119,6 +120,21 @@ def test_an_ordinary_model_is_evaluated_in_the_same_way(
     assert (result["rows"], result["tokens"]) == (7, count)
     assert result["loss"] == pytest.approx(expected, rel=1e-5)
     assert "base" not in result
+
+
+def test_an_ordinary_model_is_held_as_it_is_asked_for(
+    llama: Path, alpaca: Path, evaluate: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixed precision widens what trains, and of it nothing does."""
+    dtypes = set()
+
+    def look(model: Any, *rest: Any) -> Any:
+        dtypes.update(p.dtype for p in model.parameters())
+        return prepare_trainer(model, *rest)
+
+    monkeypatch.setattr("to_finetune.training.evaluate.prepare_trainer", look)
+    evaluate(llama, "--dataset_name", str(alpaca), "--dtype", "bfloat16", "--bf16", "true", *ON_CPU)
+    assert dtypes == {torch.bfloat16}
 
 
 def test_plain_text_counts_from_its_second_token(llama: Path, tmp_path: Path, evaluate: Callable[..., Any]) -> None:

@@ -81,7 +81,7 @@ def evaluate_held_out(
         recipe = Path(folder) / "config.yaml"
         recipe.write_text(yaml.safe_dump(config), encoding="utf-8")
         model_args, data_args, args = parse_arguments(["--config", str(recipe), *flags])
-        model, tokenizer, _ = prepare_model(model_args, args)
+        model, tokenizer, _ = prepare_model(model_args, args, is_trained=run is not None)
         rows, held_out = prepare_data(data_args, args, tokenizer)
         if dataset_name is None:
             rows = held_out

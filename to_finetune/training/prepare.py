@@ -29,8 +29,13 @@ from to_finetune.training.launch import asks_for_fsdp
 from to_finetune.training.trainer import TOSFTTrainer
 
 
-def prepare_model(model_args: ModelArguments, args: FinetuneArguments) -> tuple[Any, Any, Subset]:
+def prepare_model(
+    model_args: ModelArguments, args: FinetuneArguments, is_trained: bool = True
+) -> tuple[Any, Any, Subset]:
     """The base model with all but what trains frozen, or with adapters; its tokenizer, and what trains.
+
+    Args:
+        is_trained: False for a model that is as it was loaded: then mixed precision widens no weight of it.
 
     Raises:
         UsageError: for a model, a choice of weights or adapters, or a combination of flags that cannot be; before any
@@ -59,7 +64,7 @@ def prepare_model(model_args: ModelArguments, args: FinetuneArguments) -> tuple[
         set_seed(args.seed)  # what the adapters begin with
         return with_adapters(model, lora), tokenizer, subset
     select_trainable(model, patterns)
-    if mixed:
+    if mixed and is_trained:
         keep_trained_in_float32(model)
     return model, tokenizer, subset
 
