@@ -554,3 +554,18 @@ def test_hyperparameter_search_reaches_the_live_optimizer(llama: Path, tmp_path:
     assert live == [(*values, 0.2) for values in asked for _ in range(2)]  # two parameter groups
     assert (best.hyperparameters["learning_rate"], best.hyperparameters["alpha"]) in asked
     assert trainer.engagement.proofs["moved_after_first_step"] == 9
+
+
+def test_a_sweep_that_is_running_is_left_alone(words: list[str], pretence: Pretence, tmp_path: Path) -> None:
+    refused = list[str]()
+
+    def begin_again(made: Sweep) -> None:
+        if not refused:
+            with pytest.raises(UsageError, match="holds a sweep that is running") as raised:
+                sweep(words, RATES, 3, str(tmp_path / "sweep"))
+            refused.append(str(raised.value))
+
+    made = sweep(words, RATES, 3, str(tmp_path / "sweep"), on_trial=begin_again)
+    assert refused
+    assert len(made.trials) == 3
+    assert len(sweep(words, RATES, 4, str(tmp_path / "sweep")).trials) == 4  # and is free again at its end

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from to_finetune.errors import RunError, UsageError
 from to_finetune.files import check_place, write_whole
@@ -246,34 +247,49 @@ def sweep(
         write_whole(made.folder / "sweep.json", json.dumps(made.to_json(), indent=2, ensure_ascii=False) + "\n")
         on_trial(made)
 
-    tell()
-    failures = 0
-    while len(made.trials) < planned:
-        number, values = _next(study, space, made)
-        try:
-            trial = _run(made, number, values, f"trial-{number:03d}", on_line)
-        except UsageError:
-            if is_new and not made.trials:  # the corrected command would be another sweep's
-                shutil.rmtree(made.folder)
-            raise
-        if trial.status != "failed":  # one that failed stays open, and the same command tries it again
-            study.tell(number, math.inf if trial.loss is None else trial.loss)
-        made.trials.append(trial)
+    with _alone(made.folder):
         tell()
-        failures = failures + 1 if trial.status == "failed" else 0
-        if failures == FAILURES:
-            raise RunError(f"{FAILURES} trials in a row failed, {trial.folder} last: {trial.error}")
-    best = made.best
-    if best is None:
-        raise RunError(f"None of {planned} trials has a loss; {made.trials[0].folder}: {made.trials[0].error}")
-    for seed in seeds:
-        values = {**best.values, "seed": seed}
-        if seed == args.seed:  # the trials' own
-            made.judged.append(replace(best, values=values))
-        else:
-            made.judged.append(_run(made, best.number, values, f"trial-{best.number:03d}-seed-{seed}", on_line))
-        tell()
+        failures = 0
+        while len(made.trials) < planned:
+            number, values = _next(study, space, made)
+            try:
+                trial = _run(made, number, values, f"trial-{number:03d}", on_line)
+            except UsageError:
+                if is_new and not made.trials:  # the corrected command would be another sweep's
+                    shutil.rmtree(made.folder)
+                raise
+            if trial.status != "failed":  # one that failed stays open, and the same command tries it again
+                study.tell(number, math.inf if trial.loss is None else trial.loss)
+            made.trials.append(trial)
+            tell()
+            failures = failures + 1 if trial.status == "failed" else 0
+            if failures == FAILURES:
+                raise RunError(f"{FAILURES} trials in a row failed, {trial.folder} last: {trial.error}")
+        best = made.best
+        if best is None:
+            raise RunError(f"None of {planned} trials has a loss; {made.trials[0].folder}: {made.trials[0].error}")
+        for seed in seeds:
+            values = {**best.values, "seed": seed}
+            if seed == args.seed:  # the trials' own
+                made.judged.append(replace(best, values=values))
+            else:
+                made.judged.append(_run(made, best.number, values, f"trial-{best.number:03d}-seed-{seed}", on_line))
+            tell()
     return made
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Refuses a sweep that is running: both would train in the folders of its trials."""
+    lock = FileLock(folder / "sweep.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(f"output_dir={str(folder)!r} holds a sweep that is running.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 Arguments = tuple[ModelArguments, DataArguments, FinetuneArguments]
