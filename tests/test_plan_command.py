@@ -379,7 +379,10 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "no model": ([], ["required", "--model_name_or_path"]),
     "model that is not there": (["--model_name_or_path", "./no_modle"], ["./no_modle", "no such folder", "'no_model'"]),
     "folder without a model": (["--model_name_or_path", "no_model"], ["no_model", "config.json"]),
-    "file that is no configuration": (["--model_name_or_path", "list.json"], ["list.json", "no model configuration"]),
+    "file that is no configuration": (
+        ["--model_name_or_path", "list.json"],
+        ["list.json", "cannot be loaded as a causal"],
+    ),
     "size without a unit": (["MODEL", "--memory", "24"], ["'24'", "24GB"]),
     "size of nothing": (["MODEL", "--fit", "0GB"], ["'0GB'", "24GB"]),
     "empty size": (["MODEL", "--memory", ""], ["''", "24GB"]),

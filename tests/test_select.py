@@ -453,8 +453,8 @@ def with_one(value: Tensor) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (remove("config.json"), "holds no causal language model"),
-        (write("config.json", '{"model_type": "vit"}'), "holds no causal language model"),
+        (remove("config.json"), "holds no config.json, so it is no model"),
+        (write("config.json", '{"model_type": "vit"}'), "cannot be loaded as a causal language model"),
         (remove("model.safetensors"), "holds no model.safetensors"),
         (write("model.safetensors", "nonsense"), "model.safetensors is damaged"),
         (write("model.safetensors.index.json", "{"), "index.json is damaged"),

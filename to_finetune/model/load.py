@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -73,6 +74,7 @@ def load_tokenizer(
     Raises:
         UsageError: when there is none, or it has no end-of-sequence token.
     """
+    check_folder(model_name_or_path)
     with _in_one_sentence(model_name_or_path, None):
         tokenizer = AutoTokenizer.from_pretrained(
             model_name_or_path, revision=revision, trust_remote_code=trust_remote_code
@@ -80,6 +82,20 @@ def load_tokenizer(
     if tokenizer.eos_token is None:
         raise UsageError(f"model_name_or_path={model_name_or_path!r}: its tokenizer has no end-of-sequence token.")
     return tokenizer
+
+
+def load_config(
+    model_name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PretrainedConfig:
+    """A model's configuration: of a hub name, a folder with a config.json, or such a file.
+
+    Raises:
+        UsageError: when there is none.
+    """
+    if not Path(model_name_or_path).is_file():
+        check_folder(model_name_or_path)
+    with _in_one_sentence(model_name_or_path, None):
+        return AutoConfig.from_pretrained(model_name_or_path, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def without_weights(
@@ -93,8 +109,8 @@ def without_weights(
     Raises:
         UsageError: as `load_model`.
     """
+    config = load_config(model_name_or_path, revision, trust_remote_code)
     with _in_one_sentence(model_name_or_path, attn_implementation):
-        config = AutoConfig.from_pretrained(model_name_or_path, revision=revision, trust_remote_code=trust_remote_code)
         return skeleton_of(config, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
 
 
@@ -147,7 +163,6 @@ def load_base(
 @contextmanager
 def _in_one_sentence(name: str, attn_implementation: str | None) -> Iterator[None]:
     """Turn what Hugging Face raises while it loads the model into a `UsageError`."""
-    check_folder(name)
     try:
         yield
     except (OSError, ValueError, ImportError, SafetensorError) as error:

@@ -22,11 +22,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
 
 from to_finetune.errors import UsageError, did_you_mean
 from to_finetune.files import write_whole
-from to_finetune.model.skeleton import skeleton_of
+from to_finetune.model.load import without_weights
 
 Progress = Callable[[int, int, str], None]  # matrices done, matrices in all, the last one's name
 
@@ -232,7 +231,7 @@ def select_by_snr(
     if not 0 < share <= 1:
         raise UsageError(f"share={share} is not valid: above 0 and at most 1, for example 0.25 for a quarter.")
     folder = _local_folder(model_folder)
-    model = _without_weights(folder)
+    model = without_weights(str(folder))  # the names that training will see, which the files may call otherwise
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.ndim == 2 and min(p.shape) > 1}
     prefix, _ = layer_list(sizes)
     if types is None:
@@ -310,14 +309,6 @@ def _local_folder(name: str | os.PathLike[str]) -> Path:
         raise UsageError(
             f"{str(name)!r} is neither a folder nor a model in the hub's cache (`hf download {name}` puts one there)."
         ) from None
-
-
-def _without_weights(folder: Path) -> PreTrainedModel:
-    """The model on the meta device: the names and shapes that training will see, which the files may call otherwise."""
-    try:
-        return skeleton_of(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{folder} holds no causal language model: {shorten(str(error), 300)}") from None
 
 
 def _weight_files(folder: Path, names: Iterable[str], base_prefix: str) -> dict[str, tuple[Path, str]]:

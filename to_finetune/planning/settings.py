@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from textwrap import shorten
 from typing import Any, Literal
 
 from torch.optim import Optimizer
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from to_finetune.errors import UsageError, did_you_mean
-from to_finetune.model.load import check_folder
+from to_finetune.model.load import load_config
 from to_finetune.optim import DiagonalTO
 
 # The files of configs/accelerate; one process trains the same way under `ddp`.
@@ -38,16 +36,7 @@ def load_blueprint(name: str, revision: str | None = None, trust_remote_code: bo
     Raises:
         UsageError: when there is none.
     """
-    if not Path(name).is_file():
-        check_folder(name)
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"model_name_or_path={name!r}: no model configuration ({shorten(str(error), 200)}). Without a network, "
-            "give a folder with a config.json, or the file itself."
-        ) from error
-    return Blueprint(name, config, trust_remote_code)
+    return Blueprint(name, load_config(name, revision, trust_remote_code), trust_remote_code)
 
 
 @dataclass(frozen=True)
