@@ -78,7 +78,7 @@ def test_a_file_is_as_good_as_a_folder(config_file: Path, llama_7b: Blueprint) -
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"holds no config\.json"):
         load_blueprint(str(tmp_path))
-    with pytest.raises(UsageError, match="nobody/nothing.*cannot be loaded"):
+    with pytest.raises(UsageError, match=r"nobody/nothing.*cannot be loaded"):
         load_blueprint("nobody/nothing")
 
 

@@ -70,7 +70,7 @@ def load_data(
 
     Args:
         names: of .json, .jsonl, .csv, .parquet and .txt files, patterns (``data/*.jsonl``) and folders of them, or
-            of hub sets.
+            of hub sets. A folder has the splits that its files are named after, by Hugging Face's convention.
         split: the split to train on; ``"train[:100]"`` takes a part.
         weights: the share of each set in what is drawn; see `mix`.
         streaming: read the rows to train on when they are asked for, without end.
@@ -191,16 +191,10 @@ def _is_not_blank(row: dict[str, str]) -> bool:
 
 
 def _existing(source: str, name: str) -> list[Path]:
-    """The file of that name, or those that a pattern finds or a folder holds, but what `datasets` takes for no data."""
+    """The file of that name, or those that a pattern finds or a folder holds."""
     path = Path(name)
     if has_magic(name) or path.is_dir():
-        inside = [] if has_magic(name) else [file.relative_to(path) for file in path.rglob("*")]
-        data = [
-            path / file
-            for file in inside
-            if file.name not in FILES_TO_IGNORE and not any(part.startswith((".", "__")) for part in file.parts)
-        ]
-        found = map(Path, glob(name, recursive=True)) if has_magic(name) else data
+        found = map(Path, glob(name, recursive=True)) if has_magic(name) else _inside(path)
         files = sorted(file for file in found if file.suffix.lower() in BUILDERS)
         if not files:
             raise UsageError(f"{source} finds no file that ends in {', '.join(BUILDERS)}.")
@@ -213,6 +207,14 @@ def _existing(source: str, name: str) -> list[Path]:
         if file.stat().st_size == 0:
             raise UsageError(f"{source} is empty." if len(files) == 1 else f"{source}: {str(file)!r} is empty.")
     return files
+
+
+def _inside(folder: Path) -> Iterator[Path]:
+    """What a folder holds, but hidden files and those about the data, which `datasets` does not read either."""
+    for file in folder.rglob("*"):
+        hidden = any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
+        if not hidden and file.name not in FILES_TO_IGNORE:
+            yield file
 
 
 def _check_splits(source: str, folder: str, files: Sequence[Path]) -> None:
