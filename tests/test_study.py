@@ -148,3 +148,12 @@ def test_no_winner_of_the_committed_results_stands_at_an_edge(path: Path) -> Non
     for method, one in judged(path.stem.replace("-", "/")).items():
         assert min(one.tuning) < one.lr < max(one.tuning), method
         assert len({run["seed"] for run in one.runs}) == 3
+
+
+def test_the_readme_shows_the_table_of_the_results() -> None:
+    import tables
+
+    cells = {cell: methods for cell in tables.CELLS if (methods := tables.judged(cell))}
+    summary = tables.tables(cells)[0]
+    assert (STUDY / "results" / "tables.md").read_text(encoding="utf-8").startswith(summary)
+    assert summary in (STUDY.parents[1] / "README.md").read_text(encoding="utf-8")

@@ -14,6 +14,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import matplotlib
+from matplotlib.ticker import NullLocator
 from scipy.stats import ttest_rel
 from study import CELLS, METHODS, RESULTS, SEEDS, TUNING_SEED
 
@@ -175,13 +176,16 @@ def sensitivity(cells: dict[str, dict[str, Judged]]) -> None:
     """The held-out loss of seed 0 over the rate, each method's in units of its best."""
     figure, axes = panels(cells)
     for ax, found in zip(axes, cells.values(), strict=False):
-        best = min(run["alpaca"] for one in found.values() for run in one.tuning.values() if run["alpaca"])
+        losses = [run["alpaca"] for one in found.values() for run in one.tuning.values() if run["alpaca"] is not None]
+        best, room = min(losses), min(0.1 * min(losses), max(losses) - min(losses))
         for method, colour in zip(DRAWN, COLOURS, strict=True):
             if method in found:
                 one = found[method]
                 points = [(lr / one.lr, run["alpaca"]) for lr, run in one.tuning.items() if run["alpaca"] is not None]
                 ax.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1.2, markersize=3)
-        ax.set(xscale="log", ylim=(0.995 * best, 1.12 * best), xlim=(0.2, 5))
+        ax.set(xscale="log", xlim=(0.2, 5), ylim=(best - 0.05 * room, best + 1.05 * room))
+        ax.set_xticks([1 / 3, 1, 3], ["1/3", "1", "3"])
+        ax.xaxis.set_minor_locator(NullLocator())
     finish(figure, cells, "rate / the method's best rate", "held-out loss, seed 0", "sensitivity")
 
 
