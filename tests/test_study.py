@@ -63,6 +63,7 @@ def test_the_best_rate_is_judged_on_the_other_seeds_and_its_neighbours_are_known
     assert {(1, seed) for seed in SEEDS} | {(-1, 0), (3, 0)} <= set(runs.asked)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch's Muon came with 2.9")
 def test_muon_is_torchs_on_the_layers_matrices_and_adamw_on_the_rest() -> None:
     from optimizers import MuonAndAdamW
 

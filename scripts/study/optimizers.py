@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from to_finetune.optim.rules import SMALLEST_DIVISOR
 
@@ -23,7 +23,8 @@ class MuonAndAdamW(Optimizer):
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         matrices = [p for name, p in named if p.ndim == 2 and ".layers." in name]
         others = [p for name, p in named if not (p.ndim == 2 and ".layers." in name)]
-        self.parts: list[Optimizer] = [Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")]
+        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")  # from torch 2.9 on
+        self.parts: list[Optimizer] = [muon]
         if others:
             self.parts.append(AdamW(others, lr=lr, weight_decay=0.0))
         super().__init__([{"params": part.param_groups[0]["params"]} for part in self.parts], {"lr": lr})
