@@ -12,6 +12,7 @@ from filelock import FileLock
 from .training import (
     LAYOUTS,
     OPTIMIZERS,
+    OWN_FORMATS,
     RESUMED,
     RESUMED_LAYOUTS,
     STATES,
@@ -80,7 +81,7 @@ def test_goes_on_with_other_processes(
         assert results["resumed"][key] <= (0 if optimizer.startswith("diagonal") else ROUNDING), key
 
 
-@pytest.mark.parametrize(("optimizer", "state"), RESUMED)
+@pytest.mark.parametrize(("optimizer", "state"), OWN_FORMATS)
 @pytest.mark.parametrize("layout", RESUMED_LAYOUTS)
 @pytest.mark.parametrize(("saved", "loaded"), [(2, 2), (4, 4), *WAYS])
 def test_goes_on_from_accelerates_and_deepspeeds_own_formats(
