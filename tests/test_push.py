@@ -474,6 +474,7 @@ def test_a_token_is_written_nowhere(
 ) -> None:
     words = ["finetune.py", "--hub_token", TOKEN, f"--hub_token={TOKEN}", "--seed", "1"]
     assert without_secrets(words) == ["finetune.py", "--hub_token", "***", "--hub_token=***", "--seed", "1"]
+    assert without_secrets(["--hub-token", TOKEN, f"--hub-token={TOKEN}"]) == ["--hub-token", "***", "--hub-token=***"]
     monkeypatch.setattr("sys.argv", words)
     run = finetune(tmp_path / "run", max_steps=1, hub_token=TOKEN)
     assert run.record["command"] == "finetune.py --hub_token '***' '--hub_token=***' --seed 1"

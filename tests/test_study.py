@@ -63,6 +63,21 @@ def test_the_best_rate_is_judged_on_the_other_seeds_and_its_neighbours_are_known
     assert {(1, seed) for seed in SEEDS} | {(-1, 0), (3, 0)} <= set(runs.asked)
 
 
+def test_a_line_that_was_not_written_to_its_end_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a kill: its run is done again, and the next line stands by itself."""
+    import study
+
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr(study, "RESULTS", tmp_path)
+    monkeypatch.setattr(study.base_models, "made", lambda model, data_dir: tmp_path)
+    study.Runs("1M/qv", tmp_path)
+    path = tmp_path / "1M-qv.jsonl"
+    run = json.dumps({"method": "adamw", "lr": 0.1, "seed": 0, "alpaca": 2.0}) + "\n"
+    path.write_text(path.read_text() + run + run[:20])
+    assert list(study.Runs("1M/qv", tmp_path).done) == [("adamw", 0.1, 0)]
+    assert path.read_text().endswith("\n" + run)
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch's Muon came with 2.9")
 def test_muon_is_torchs_on_the_layers_matrices_and_adamw_on_the_rest() -> None:
     from optimizers import MuonAndAdamW

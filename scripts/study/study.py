@@ -166,7 +166,11 @@ class Runs:
         if not self.path.exists():
             self.path.parent.mkdir(exist_ok=True)
             self.path.write_text(json.dumps({**head, "machine": machine()}) + "\n", encoding="utf-8")
-        first, *lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        found = self.path.read_text(encoding="utf-8")
+        text = found[: found.rfind("\n") + 1]
+        if text != found:  # a line that was not written to its end
+            write_whole(self.path, text)
+        first, *lines = [json.loads(line) for line in text.splitlines()]
         if {key: first[key] for key in head} != head:
             raise SystemExit(f"error: {self.path} has runs of another protocol or base model: move it away.")
         self.done = {(run["method"], run["lr"], run["seed"]): run for run in lines}

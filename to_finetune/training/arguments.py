@@ -378,12 +378,16 @@ def resolved_config(model: ModelArguments, data: DataArguments, training: Finetu
 
 def without_secrets(words: Sequence[str]) -> list[str]:
     """A command line to show or to keep: stars in the place of a token."""
+
+    def is_secret(flag: str) -> bool:
+        return flag.removeprefix("--").replace("-", "_") in SECRETS
+
     shown = list[str]()
     for before, word in zip(["", *words], words, strict=False):
         flag, equals, _ = word.partition("=")
-        if before.removeprefix("--") in SECRETS:
+        if is_secret(before):
             word = "***"
-        elif equals and flag.removeprefix("--") in SECRETS:
+        elif equals and is_secret(flag):
             word = f"{flag}=***"
         shown.append(word)
     return shown
