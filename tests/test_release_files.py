@@ -86,6 +86,26 @@ def test_it_installs_the_command(wheel: zipfile.ZipFile) -> None:
     assert wheel.read(name).decode().split() == ["[console_scripts]", "to-finetune", "=", "to_finetune.cli:main"]
 
 
+def test_it_trains_outside_the_checkout(wheel: zipfile.ZipFile, llama: Path, alpaca: Path, tmp_path: Path) -> None:
+    """What was unpacked from it is what runs, its page's template and the kernel's source included."""
+    wheel.extractall(tmp_path / "installed")
+    words = f"--model_name_or_path {llama} --dataset_name {alpaca} --unfrozen_last_layers 1 --val_set_size 4"
+    words += " --max_steps 2 --use_cpu true --report_to none --output_dir run"
+    code = (
+        "import sys, to_finetune; from to_finetune.finetune import main; print(to_finetune.__file__); sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "installed"))
+    assert {"trained.safetensors", "run.json", "report.html"} <= {file.name for file in (tmp_path / "run").iterdir()}
+
+
 def test_the_version_is_written_once() -> None:
     assert "version" not in PROJECT
     package = ast.parse((ROOT / "to_finetune" / "__init__.py").read_text(encoding="utf-8"))
