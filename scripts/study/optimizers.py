@@ -46,7 +46,10 @@ class IdeaTO(Optimizer):
     Args:
         centre: "start" or "mean": the slope multiplies ``w - c``, c the weights at the start, or their running mean of
             rate beta, instead of w. While w hardly moves, ``a w`` and b cannot be told apart; ``a (w - c)`` and b can.
-        rows: each row of a matrix has its own rms, of the gradient and for alpha, instead of its tensor's.
+        rows: alpha is relative to the mean square of a weight's row instead of its tensor.
+        scale: "rows" divides each row of the gradient by its own rms, "factored" each element by the geometric mean of
+            its row's and its column's, ``sqrt(row * column) / tensor``-wise as Adafactor does, but of this gradient
+            alone and so without state.
         warm: beta is ``max(beta, 1/(t + 1))`` in step t = 0, 1, ..., so that the estimate is a mean from the start.
         momentum: the step is taken along a running mean of G with this factor.
         clip: the residual is clipped to so many times its tensor's rms.
@@ -62,13 +65,14 @@ class IdeaTO(Optimizer):
         beta: float = 0.1,
         centre: str = "",
         rows: bool = False,
+        scale: str = "tensor",
         warm: bool = False,
         momentum: float = 0.0,
         clip: float = 0.0,
         slope: bool = True,
     ) -> None:
         super().__init__(params, {"lr": lr})
-        self.alpha, self.beta, self.centre, self.rows = alpha, beta, centre, rows
+        self.alpha, self.beta, self.centre, self.rows, self.scale = alpha, beta, centre, rows, scale
         self.warm, self.momentum, self.clip, self.slope = warm, momentum, clip, slope
 
     @torch.no_grad()
@@ -85,12 +89,12 @@ class IdeaTO(Optimizer):
             state |= {"t": 0, "c": w.clone() if self.centre else torch.zeros_like(w), **zeros}
         assert w.grad is not None
         beta = max(self.beta, 1 / (state["t"] + 1)) if self.warm else self.beta
-        g, x = w.grad / self._rms(w.grad), w - state["c"]
-        unit = self._rms(x).square()
+        g, x = w.grad / _scale(w.grad, self.scale), w - state["c"]
+        unit = _scale(x, "rows" if self.rows else "tensor").square()
         gain = torch.where(unit > SMALLEST_DIVISOR, self.alpha * x * x / unit, 0.0).clamp(max=max(1 - beta, 0.0))
         residual = state["a"] * x + state["b"] - g
         if self.clip:
-            bound = self.clip * self._rms(residual)
+            bound = self.clip * _scale(residual, "tensor")
             residual = residual.clamp(-bound, bound)
         if self.slope:
             state["a"] -= torch.where(x != 0, gain / x, 0.0) * residual
@@ -105,6 +109,15 @@ class IdeaTO(Optimizer):
             state["c"].lerp_(w, self.beta)
         state["t"] += 1
 
-    def _rms(self, x: Tensor) -> Tensor:
-        mean = x.square().mean(-1, keepdim=True) if self.rows and x.ndim == 2 else x.square().mean()
-        return mean.sqrt().clamp(min=SMALLEST_DIVISOR)
+
+def _scale(x: Tensor, of: str) -> Tensor:
+    """The rms of the tensor, of each row, or what rows and columns say together of each element."""
+    squares = x.square()
+    if of == "tensor" or x.ndim != 2:
+        mean = squares.mean()
+    elif of == "rows":
+        mean = squares.mean(1, keepdim=True)
+    else:
+        rows, columns = squares.mean(1, keepdim=True), squares.mean(0, keepdim=True)
+        mean = rows * columns / rows.mean().clamp(min=SMALLEST_DIVISOR)
+    return mean.sqrt().clamp(min=SMALLEST_DIVISOR)

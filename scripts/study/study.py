@@ -70,6 +70,9 @@ METHODS = {
     "momentum_rms": Method("Momentum, rms gradients", "diagonal_to", 6e-3, "alpha=0.0"),
     "diagonal_to": Method("Diagonal TO, both options", "diagonal_to", 6e-3),
     "rank_one_to": Method("RankOne TO, both options", "rank_one_to", 6e-3),
+    "diagonal_to_factored": Method("Diagonal TO, factored", "diagonal_to", 6e-3, "grad_scale=factored"),
+    "momentum_factored": Method("Momentum, factored", "diagonal_to", 6e-3, "alpha=0.0,grad_scale=factored"),
+    "rank_one_to_factored": Method("RankOne TO, factored", "rank_one_to", 6e-3, "grad_scale=factored"),
     "sgd": Method("SGD with momentum", "sgd", 0.1, "momentum=0.9"),
     "adafactor": Method("Adafactor", "adafactor", 3e-3),
     "lion": Method("Lion", "lion_32bit", 3e-4),
@@ -87,16 +90,20 @@ IDEAS: dict[str, dict[str, Any]] = {  # options of `IdeaTO`
     "centred on the start": {"centre": "start"},
     "centred on the running mean": {"centre": "mean"},
     "the rates without the slope": {"slope": False},
-    "rows": {"rows": True},
+    "alpha by rows": {"rows": True},
+    "gradient by rows": {"scale": "rows"},
+    "gradient by rows and columns": {"scale": "factored"},
     "warm beta": {"warm": True},
     "momentum on the step": {"momentum": 0.5},
     "clipped residual": {"clip": 2.0},
-    "beta 0.05": {"beta": 0.05},
-    "beta 0.2": {"beta": 0.2},
-    "alpha 0.1": {"alpha": 0.1},
-    "alpha 1": {"alpha": 1.0},
 }
 METHODS |= {name: Method(f"Diagonal TO, {name}", "idea", 6e-3, json.dumps(idea)) for name, idea in IDEAS.items()}
+METHODS |= {  # other rates of the estimate
+    f"factored, {rate}": Method(
+        f"Diagonal TO, factored, {rate}", "diagonal_to", 6e-3, f"{rate.replace(' ', '=')},grad_scale=factored"
+    )
+    for rate in ("alpha 0.1", "alpha 1.0", "beta 0.05", "beta 0.2")
+}
 START = {"stories260k": 1.0, "1M": 0.5, "5M": 0.3, "lora": 2.0}  # of the middle: a guess, the grid goes where it must
 
 

@@ -23,6 +23,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "relative alpha, no guard": {"relative_alpha": True, "alpha": 0.05, "gamma_max": None},
     "rms": {"grad_scale": "rms"},
     "rms and relative alpha": {"grad_scale": "rms", "relative_alpha": True, "alpha": 0.3, "lr": 0.01},
+    "factored": {"grad_scale": "factored", "relative_alpha": True, "alpha": 0.3, "lr": 0.01},
+    "factored, all else": {
+        **{"grad_scale": "factored", "scope": "group", "maximize": True},
+        **{"weight_decay": 0.3, "decoupled_weight_decay": True},
+    },
     "coupled decay": {"weight_decay": 0.3},
     "coupled decay, rms": {"weight_decay": 0.3, "grad_scale": "rms"},
     "decoupled decay": {"weight_decay": 0.3, "decoupled_weight_decay": True},
@@ -182,6 +187,31 @@ def test_one_huge_element_is_reported_and_harmless(variant: str) -> None:
     assert optimizer.gradient_peak().item() == pytest.approx(1.0)
     assert params[0].isfinite().all()
     assert all(value.isfinite().all() for value in optimizer.state[params[0]].values())
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15])
+def test_factored_gradients_have_rows_and_columns_that_weigh_alike(variant: str, scale: float) -> None:
+    """Of a gradient whose rows and columns differ by five orders of magnitude nothing but the signs is left."""
+    params = make_weights([(30, 4, 5)], torch.float32)
+    optimizer = OPTIMIZERS[variant](params, grad_scale="factored", alpha=0.0, beta=1.0, lr=1.0)
+    rows, columns = torch.logspace(-2, 2, 30)[:, None, None], torch.logspace(-1, 1, 20).view(1, 4, 5)
+    signs = torch.randn(30, 4, 5).sign()
+    before = params[0].detach().clone()
+    step(optimizer, params, [scale * signs * rows * columns])
+    torch.testing.assert_close(before - params[0], signs, rtol=1e-5, atol=1e-5)
+
+
+def test_factored_gradients_leave_what_is_next_to_nothing(variant: str) -> None:
+    """A row of zeros stays one, and one of rounding errors is not blown up to the size of the others."""
+    params = make_weights([(6, 50)], torch.float32)
+    optimizer = OPTIMIZERS[variant](params, grad_scale="factored", alpha=0.0, beta=1.0, lr=1.0)
+    g, before = torch.randn(6, 50), params[0].detach().clone()
+    g[1], g[2] = 0.0, 1e-9 * g[2]
+    step(optimizer, params, [g])
+    moved = (before - params[0]).square().mean(1).sqrt()
+    assert moved[1] == 0
+    assert moved[2] < 1e-4
+    assert (moved[[0, 3, 4, 5]] > 0.9).all()
 
 
 def test_a_zero_initialised_lora_pair_trains(variant: str) -> None:

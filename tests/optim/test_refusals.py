@@ -43,6 +43,7 @@ REFUSED: list[dict[str, Any]] = [
     {"max_norm": -1.0},
     {"weight_decay": -0.1},
     {"grad_scale": "max"},
+    {"weight_decay": 0.1, "grad_scale": "factored"},
     {"state_dtype": torch.float16},
     {"scope": "layer"},
     {"foreach": True, "fused": True},

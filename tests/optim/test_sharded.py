@@ -114,6 +114,7 @@ def refusals() -> None:
     columns = nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [Shard(1)]))
     cases = [
         (DiagonalTO([columns], state_dtype=torch.int8), "int8 needs weights that are sharded by their first dimension"),
+        (DiagonalTO([columns], grad_scale="factored"), "'factored' needs weights that are sharded by their first"),
         (FullTO([columns]), "FullTO needs whole tensors"),
     ]
     columns.grad = torch.ones_like(columns)
@@ -147,6 +148,7 @@ def main(rank: int, folder: str) -> None:
     same_gradients(lambda params: DiagonalTO(params, **few), torch.bfloat16, rtol=0.0, atol=0.0)
     options: dict[str, Any] = {"relative_alpha": True, "grad_scale": "rms", "max_norm": 50.0, **few}
     same_gradients(lambda params: DiagonalTO(params, **options), torch.bfloat16, rtol=0.0, atol=0.0)
+    same_gradients(lambda params: DiagonalTO(params, grad_scale="factored"), torch.float32, rtol=0.0, atol=0.0)
     same_gradients(lambda params: DiagonalTO(params, relative_alpha=True), torch.float32, rtol=1e-6, atol=1e-7)
     same_gradients(lambda params: RankOneTO(params, alpha=0.5), torch.float32, rtol=1e-6, atol=1e-7)
     in_backward()

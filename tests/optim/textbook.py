@@ -118,6 +118,15 @@ class Options:
         return self.lr * self.lr_decay**t, self.alpha * self.alpha_decay**t, self.beta * self.alpha_decay**t
 
 
+def equalized(g: Tensor) -> Tensor:
+    """A matrix's gradient over what its row and its column say of an element's size, which has a floor."""
+    squares, floor = g.square(), 1e-8
+    mean = squares.mean()
+    return g / torch.outer(
+        (squares.mean(1) / mean).clamp(min=floor).sqrt(), (squares.mean(0) / mean).clamp(min=floor).sqrt()
+    )
+
+
 class Textbook:
     """An optimizer of one parameter group: all its weights are one vector `w`, a block is a set of indices into it.
 
@@ -160,6 +169,10 @@ class Textbook:
         if not self.options.decoupled_weight_decay:
             g = g + self.options.weight_decay * self.w[self.indices[k]]
         if self.options.grad_scale == "rms" and g.norm() > 0:
+            g = g / g.square().mean().sqrt()
+        if self.options.grad_scale == "factored" and g.norm() > 0:
+            if grad.dim() > 1:
+                g = equalized(g.view(grad.shape).flatten(1)).flatten()
             g = g / g.square().mean().sqrt()
         return g
 

@@ -165,7 +165,7 @@ def _totals(group: Mapping[str, Any], sums: Tensor, members: Sequence[Member]) -
     """From the sums over whole tensors, each a block; those of the gradient are of the scaled one."""
     numels = to_device(torch.tensor([float(member.numel) for member in members], dtype=sums.dtype), sums.device)
     factor, ug = None, sums[:, UG]
-    if group["grad_scale"] == "rms":
+    if group["grad_scale"] is not None:
         factor = rms_factor(sums[:, GG].sqrt(), numels)
         if all(member.p.dtype != torch.float64 for member in members):
             factor = factor.float()

@@ -44,7 +44,9 @@ def check_hyperparameters(group: Mapping[str, Any], state_dtypes: Sequence[torch
     check("gamma_max", gamma_max is None or 0 < gamma_max < 2, "None, or between 0 and 2")
     check("max_norm", max_norm is None or max_norm > 0, "None, or a number above 0")
     check("weight_decay", group["weight_decay"] >= 0, "a number of at least 0")
-    check("grad_scale", group["grad_scale"] in (None, "rms"), 'None or "rms"')
+    check("grad_scale", group["grad_scale"] in (None, "rms", "factored"), 'None, "rms" or "factored"')
+    coupled = group["weight_decay"] > 0 and not group["decoupled_weight_decay"]
+    check("weight_decay", not coupled or group["grad_scale"] != "factored", "grad_scale='factored' takes it decoupled")
     check("state_dtype", group["state_dtype"] in (None, *state_dtypes), f"None, {', '.join(map(str, state_dtypes))}")
     check("seed", type(group["seed"]) is int and 0 <= group["seed"] < 2**63, "a whole number of at least 0")
     check("scope", group["scope"] in ("tensor", "group"), '"tensor" or "group"')
@@ -68,6 +70,11 @@ def check_layout(layout: Layout, variant: str, group: Mapping[str, Any], groups:
         raise RuntimeError(
             "state_dtype=torch.int8 needs weights that are sharded by their first dimension alone, as FSDP2 does by "
             "default; use torch.bfloat16."
+        )
+    if group["grad_scale"] == "factored" and any(run.first is None for run in layout.runs):
+        raise RuntimeError(
+            "grad_scale='factored' needs weights that are sharded by their first dimension alone, as FSDP2 does by "
+            "default; use grad_scale='rms'."
         )
     if layout.is_part and (group["max_norm"] is not None or is_group_wide(variant, group)):
         key = "max_norm" if group["max_norm"] is not None else 'scope="group"'

@@ -12,6 +12,7 @@ from torch import Tensor
 from to_finetune.optim import edges
 from to_finetune.optim.blocks import ERROR, GG, PEAK, SUMS, WW, New, Part, share
 from to_finetune.optim.diagnostics import Diagnostics
+from to_finetune.optim.factored import equalize_
 from to_finetune.optim.kernels import fused as fused_path
 from to_finetune.optim.kernels.batch import Batch, Carried, as_vector, may_read
 from to_finetune.optim.kernels.inplace import Rule, member_bits, moved, store_
@@ -44,7 +45,7 @@ class TrainableOptimizer(StatefulOptimizer):
         weight_decay: float = 0.0,
         decoupled_weight_decay: bool = False,
         relative_alpha: bool = False,
-        grad_scale: Literal["rms"] | None = None,
+        grad_scale: Literal["rms", "factored"] | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -78,7 +79,9 @@ class TrainableOptimizer(StatefulOptimizer):
                 ``(v.w)^2 + ||u||^2 ||w||^2`` but no less than ``mean(w^2)`` (RankOne), ``||w||^2`` (Full). It then
                 means the same for small and for large weights.
             grad_scale: (ours) "rms" divides each tensor's gradient by its own root mean square first, so that
-                lr, alpha and beta mean the same for every tensor and model.
+                lr, alpha and beta mean the same for every tensor and model. "factored" makes the rows of a matrix
+                weigh alike first, and its columns (`to_finetune.optim.factored`), in ``p.grad`` itself, as clipping
+                does; weight decay must then be decoupled.
             maximize: ascend instead of descend.
             foreach: update all tensors together with torch's multi-tensor operations. None: on CUDA where the fused
                 kernels are missing. DiagonalTO only: the other two are sums over blocks, which torch has no
@@ -180,6 +183,7 @@ class TrainableOptimizer(StatefulOptimizer):
 
     def _step_members(self, work: Sequence[tuple[Group, list[Member]]]) -> None:
         """Move these weights, and count the step."""
+        equalize_(work, [shape for known in self._given for shape in known.shapes])
         may_skip = any(group["skip_nonfinite"] for group, _ in work)
         parts = [part for group, members in work for part in self._parts(group, members, may_skip)]
         self._diagnostics.expect(member for _, members in work for member in members)

@@ -54,7 +54,7 @@ class Given(NamedTuple):
 
     begin: int  # index of the first one among all of the optimizer
     refs: list[weakref.ref[Tensor]]
-    numels: list[int]
+    shapes: list[torch.Size]
     options: dict[str, Any]  # of the group, without lr, which a schedule changes
 
     def position(self, p: Tensor) -> int:
@@ -104,7 +104,7 @@ class Layout(NamedTuple):
 
 def given(params: Sequence[Tensor], begin: int, options: dict[str, Any]) -> Given:
     """A record of these parameters that does not keep them alive."""
-    return Given(begin, [weakref.ref(p) for p in params], [p.numel() for p in params], options)
+    return Given(begin, [weakref.ref(p) for p in params], [getattr(p, "ds_shape", p.shape) for p in params], options)
 
 
 def layout_of(p: Tensor, index: int, known: Given) -> Layout:
@@ -124,7 +124,7 @@ def layout_of(p: Tensor, index: int, known: Given) -> Layout:
         return _layout_of_zero3(p, originals, known)
     if any(hasattr(q, "_hp_mapping") for q in originals):
         return _layout_of_zero(p, originals, known)
-    if index < len(known.numels) and known.numels[index] == p.numel():  # moved to another device, or cast
+    if index < len(known.shapes) and known.shapes[index].numel() == p.numel():  # moved to another device, or cast
         return _whole(p, known.begin + index)
     raise RuntimeError(
         "The optimizer's weights were replaced by others of another size, and nothing says what they hold. "

@@ -76,7 +76,7 @@ class SlopesView:
     symbol: str  # of a slope's size
     what: str
     unit: str
-    scaled: bool  # by grad_scale="rms"
+    scaled: bool  # by grad_scale
     grid: Grid
     grid_unit: str
     is_bound: bool  # what the grid says: u vᵀ sees one direction alone
@@ -103,7 +103,7 @@ def slopes_view(slopes: Slopes, sizes: Mapping[str, int]) -> SlopesView | None:
         return None
     by_module = {label: {layer: _together(several) for layer, several in row.items()} for label, row in cells.items()}
     layers = sorted({layer for row in by_module.values() for layer in row if layer is not None})
-    scaled = slopes.grad_scale == "rms"
+    scaled = slopes.grad_scale is not None
     diagonal = slopes.form == "diagonal"
     grid, largest = _slope_grid(by_module, layers)
     return SlopesView(
