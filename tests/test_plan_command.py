@@ -188,11 +188,10 @@ def test_the_options_of_the_optimizer(model: Path) -> None:
     made = settings(model, optim="full_to", optim_args="alpha=0.2,scope=group,state_dtype=bfloat16", max_steps=7)
     assert made.optimizer is FullTO
     assert made.max_steps == 7
-    assert {key: made.optimizer_options[key] for key in ("alpha", "scope", "state_dtype", "lr")} == {
+    assert {key: made.optimizer_options[key] for key in ("alpha", "scope", "state_dtype")} == {
         "alpha": 0.2,
         "scope": "group",
         "state_dtype": torch.bfloat16,
-        "lr": 8e-3,
     }
     assert settings(model, optim="rank_one_to").optimizer is RankOneTO
     assert settings(model).optimizer is DiagonalTO

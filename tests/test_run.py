@@ -12,6 +12,7 @@ from unittest import mock
 import matplotlib.pyplot as plt
 import pytest
 import torch
+import yaml
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.nn.functional import cross_entropy
@@ -21,6 +22,7 @@ from to_finetune.data.preview import IGNORED
 from to_finetune.errors import UsageError
 from to_finetune.finetune import main
 from to_finetune.model import load_finetuned
+from to_finetune.training.optimizers import recommended_learning_rate
 
 from .helpers import LAYER_WEIGHTS, Run, assert_same_bits
 
@@ -69,6 +71,17 @@ def test_load_finetuned_gives_the_live_model_back_bit_for_bit(run: Run, folder: 
     model, tokenizer = load_finetuned(run.folder / folder)
     assert_same_bits(dict(model.named_parameters()), dict(run.trainer.model.named_parameters()))
     assert tokenizer("red tree").input_ids == run.trainer.processing_class("red tree").input_ids
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_default_rate_is_written_down(finetune: Callable[..., Run], tmp_path: Path, adapters: bool) -> None:
+    """It is that of the model and of what trains, and the run's recipe names it, as any that was given."""
+    chosen = {"unfrozen_parameters": None, "use_peft": True} if adapters else {}
+    run = finetune(tmp_path / "run", **chosen)
+    rate = recommended_learning_rate(run.trainer.model)
+    assert run.trainer.optimizer.param_groups[0]["initial_lr"] == rate
+    assert yaml.safe_load((run.folder / "config.yaml").read_text())["learning_rate"] == rate
+    assert run.record["config"]["learning_rate"] == rate
 
 
 def test_the_record_holds_every_proof(run: Run) -> None:

@@ -28,6 +28,7 @@ from to_finetune.model import select_trainable
 from to_finetune.report.sweep import findings, sweep_table
 from to_finetune.training import TOTrainer, TOTrainingArguments
 from to_finetune.training import sweep as sweep_module
+from to_finetune.training.optimizers import recommended_learning_rate
 from to_finetune.training.proofs import unwrapped
 from to_finetune.training.sweep import Sweep, sweep
 
@@ -251,9 +252,15 @@ def test_a_single_range_is_an_even_grid_in_the_logarithm(words: list[str], tmp_p
 
 
 def test_without_a_search_it_is_the_rate_a_decade_to_each_side(
-    words: list[str], tmp_path: Path, pretence: Pretence
+    words: list[str], llama: Path, tmp_path: Path, pretence: Pretence
 ) -> None:
-    assert rates(sweep(words, trials=3, output_dir=str(tmp_path / "a"))) == [8e-4, 8e-3, 8e-2]
+    """Of a TO that of the model and what trains of it."""
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    select_trainable(model, [r"layers\.3\."])
+    rate = recommended_learning_rate(model)
+    assert rates(sweep(words, trials=3, output_dir=str(tmp_path / "a"))) == pytest.approx(
+        [rate / 10, rate, rate * 10], rel=0.01
+    )
     given = [*words, "--optim", "adamw_torch", "--learning_rate", "0.002"]
     assert rates(sweep(given, trials=2, output_dir=str(tmp_path / "b"))) == [2e-4, 2e-2]
 

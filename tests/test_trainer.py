@@ -8,14 +8,23 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
+from to_finetune.errors import UsageError
 from to_finetune.model import select_trainable
 from to_finetune.optim import DiagonalTO, FullTO, RankOneTO
 from to_finetune.training import FinetuneArguments, TOTrainer, TOTrainingArguments
-from to_finetune.training.optimizers import RECOMMENDED_LEARNING_RATE, RECOMMENDED_OPTIONS
+from to_finetune.training.optimizers import ADAPTER_RATE, RATE, RECOMMENDED_OPTIONS, recommended_learning_rate
 from to_finetune.training.proofs import unwrapped
 
 from .helpers import Run, assert_same_bits
@@ -134,7 +143,33 @@ def test_a_name_gives_its_class_with_the_recommended_options(
     group = unwrapped(trainer.create_optimizer()).param_groups[0]
     assert type(unwrapped(trainer.optimizer)) is cls
     assert {key: group[key] for key in RECOMMENDED_OPTIONS} == {**RECOMMENDED_OPTIONS, "alpha": 0.7}
-    assert (group["lr"], group["weight_decay"]) == (RECOMMENDED_LEARNING_RATE, 0.2)
+    assert (group["lr"], group["weight_decay"]) == (args.learning_rate, 0.2)
+    share = sum(p.numel() for p in model.parameters() if p.requires_grad) / model.num_parameters()
+    assert args.learning_rate == pytest.approx(RATE / share**0.5, rel=0.03)
+
+
+def wide_llama(width: int) -> PreTrainedModel:
+    """A Llama of this width, on no device."""
+    config = LlamaConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=4, vocab_size=50)
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize(("width", "less"), [(64, 1), (256, 1), (1024, 8), (4096, 64)])
+def test_the_default_rate_follows_the_width_and_what_trains(width: int, less: int) -> None:
+    """Measured up to a width of 256; a quarter of the weights has twice the rate of all; adapters have their own."""
+    model = wide_llama(width)
+    assert recommended_learning_rate(model) == pytest.approx(RATE / less, rel=0.03)
+    select_trainable(model, [r"layers\.3\."])
+    share = sum(p.numel() for p in model.parameters() if p.requires_grad) / model.num_parameters()
+    assert recommended_learning_rate(model) == pytest.approx(RATE / less / share**0.5, rel=0.03)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert recommended_learning_rate(model) == pytest.approx(ADAPTER_RATE / less, rel=0.03)
+
+
+def test_a_model_without_a_width_has_no_default_rate(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"learning_rate is not given, and Linear has no config\.hidden_size to go by"):
+        TOTrainer(torch.nn.Linear(2, 2), arguments(TOTrainingArguments, tmp_path), train_dataset=rows())
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
@@ -151,9 +186,9 @@ def test_hugging_faces_names_pass_through(model: PreTrainedModel, llama: Path, t
 @pytest.mark.parametrize(
     ("options", "learning_rate", "max_grad_norm"),
     [
-        ({}, RECOMMENDED_LEARNING_RATE, 0.0),
-        ({"optim": "full_to"}, RECOMMENDED_LEARNING_RATE, 0.0),
-        ({"optim_args": "grad_scale=None"}, RECOMMENDED_LEARNING_RATE, 1.0),
+        ({}, None, 0.0),
+        ({"optim": "full_to"}, None, 0.0),
+        ({"optim_args": "grad_scale=None"}, None, 1.0),
         ({"optim": "adamw_torch"}, 5e-5, 1.0),
         ({"max_grad_norm": 0.5, "learning_rate": 0.3}, 0.3, 0.5),
         ({"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.0}, 0.0, 0.0),
@@ -162,7 +197,7 @@ def test_hugging_faces_names_pass_through(model: PreTrainedModel, llama: Path, t
 def test_rate_and_clipping_default_to_what_suits_the_optimizer(
     tmp_path: Path, options: dict[str, Any], learning_rate: float, max_grad_norm: float
 ) -> None:
-    """No clipping where grad_scale undoes it."""
+    """No clipping where grad_scale undoes it; a TO's rate waits for the model."""
     for cls in (TOTrainingArguments, FinetuneArguments):
         args = cls(output_dir=str(tmp_path), use_cpu=True, **options)
         assert (args.learning_rate, args.max_grad_norm) == (learning_rate, max_grad_norm)

@@ -33,7 +33,7 @@ from to_finetune.training.arguments import (
 from to_finetune.training.callbacks import SaveOnSignal, StopOnNonFinite, TerminalLines, TerminalProgress
 from to_finetune.training.launch import check_processes
 from to_finetune.training.memory import RunMemory
-from to_finetune.training.prepare import data_report, prepare_data, prepare_model, prepare_trainer
+from to_finetune.training.prepare import data_report, prepare_data, prepare_model, prepare_trainer, settle_learning_rate
 from to_finetune.training.proofs import check_saved
 from to_finetune.training.push import check_push, push
 from to_finetune.training.record import RunRecord, last_checkpoint, resume_point, summarise
@@ -65,6 +65,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     check_processes(args.world_size)
     if args.push_to_hub:
         check_push(args.hub_model_id or Path(args.output_dir).name, args.hub_token)
+    settle_learning_rate(model_args, args)
     resume = resume_point(args.resume_from_checkpoint, args.output_dir)
     record = RunRecord(args.output_dir, resolved_config(model_args, data_args, args))
     record.check_folder(resume)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from to_finetune.optim.blocks import to_device
+from to_finetune.optim.rules import accumulator
 from to_finetune.optim.sharding import Member, Shards, all_reduce
 
 CHUNK = 1 << 18  # elements that are squared at a time
@@ -28,6 +30,14 @@ class Piece(NamedTuple):
     columns: slice
 
 
+class Matrix(NamedTuple):
+    """What this process has of a matrix's gradient, and the numbers of rows and columns of the whole."""
+
+    pieces: list[Piece]
+    rows: int
+    columns: int
+
+
 def equalize_(work: Sequence[tuple[Mapping[str, Any], list[Member]]], shapes: Sequence[torch.Size]) -> None:
     """Scale the gradients of matrices in place, in the groups that ask for it; vectors are left as they are.
 
@@ -35,22 +45,21 @@ def equalize_(work: Sequence[tuple[Mapping[str, Any], list[Member]]], shapes: Se
         work: the groups and all their members, also those without a weight on this process, which add nothing.
         shapes: of all parameters that the optimizer was given; of more than two dimensions the first one is the rows.
     """
-    matrices: dict[tuple[Shards, torch.device], list[tuple[list[Piece], int, int]]] = {}
+    matrices: dict[tuple[Shards, torch.device, torch.dtype], list[Matrix]] = {}
     for group, members in work:
-        if group["grad_scale"] == "factored":
-            for member in members:
-                rows, columns = shapes[member.position][:1].numel(), shapes[member.position][1:].numel()
-                if len(shapes[member.position]) > 1:
-                    alike = matrices.setdefault((member.shards, member.grad.device), [])
-                    alike.append((list(_pieces(member, columns)), rows, columns))
-    for (shards, device), those in matrices.items():
-        squares = all_reduce(torch.cat([_squares(*matrix, device) for matrix in those]), shards)
-        both = squares.split([size for _, *sizes in those for size in sizes])
-        for (pieces, *_), of_rows, of_columns in zip(those, both[::2], both[1::2], strict=True):
-            for piece in pieces:
-                others = (1,) * (piece.grad.dim() - 1)
-                piece.grad.mul_(_factors(of_rows, piece.grad.dtype)[piece.rows].view(-1, *others))
-                piece.grad.mul_(_factors(of_columns, piece.grad.dtype)[piece.columns].view(piece.grad.shape[1:]))
+        for member in members:
+            rows, columns = shapes[member.position][:1].numel(), shapes[member.position][1:].numel()
+            if group["grad_scale"] == "factored" and len(shapes[member.position]) > 1:
+                alike = matrices.setdefault((member.shards, member.grad.device, member.grad.dtype), [])
+                alike.append(Matrix(list(_pieces(member, columns)), rows, columns))
+    for (shards, device, dtype), those in matrices.items():
+        squares = all_reduce(torch.cat([_squares(matrix, device) for matrix in those]), shards)
+        sizes = [size for matrix in those for size in (matrix.rows, matrix.columns)]
+        factors = _factors(squares, to_device(torch.tensor(sizes), device)).to(dtype).split(sizes)
+        for matrix, of_rows, of_columns in zip(those, factors[::2], factors[1::2], strict=True):
+            for grad, here, there in matrix.pieces:
+                grad.mul_(of_rows[here].view(-1, *(1,) * (grad.dim() - 1)))
+                grad.mul_(of_columns[there].view(grad.shape[1:]))
 
 
 def _pieces(member: Member, columns: int) -> Iterator[Piece]:
@@ -72,19 +81,26 @@ def _pieces(member: Member, columns: int) -> Iterator[Piece]:
         at += rows * width
 
 
-def _squares(pieces: Sequence[Piece], rows: int, columns: int, device: torch.device) -> Tensor:
+def _squares(matrix: Matrix, device: torch.device) -> Tensor:
     """The sums of squares of the matrix's rows, then of its columns, as far as they are here; one vector, float64."""
-    sums = torch.zeros(rows + columns, dtype=torch.float64, device=device)
-    of_rows, of_columns = sums.split([rows, columns])
-    for grad, here, there in pieces:
-        for begin in range(0, len(grad), step := max(CHUNK // max(columns, 1), 1)):
-            squares = grad[begin : begin + step].flatten(1).double().square()
+    wide = accumulator(device)
+    sums = torch.zeros(matrix.rows + matrix.columns, dtype=wide, device=device)
+    of_rows, of_columns = sums.split([matrix.rows, matrix.columns])
+    for grad, here, there in matrix.pieces:
+        for begin in range(0, len(grad), step := max(CHUNK // max(matrix.columns, 1), 1)):
+            squares = grad[begin : begin + step].flatten(1).to(wide).square()
             of_rows[here][begin : begin + step] += squares.sum(1)
             of_columns[there] += squares.sum(0)
     return sums
 
 
-def _factors(squares: Tensor, dtype: torch.dtype) -> Tensor:
-    """One over the root mean square of each row, or column, in units of the whole matrix's."""
-    relative = squares / squares.mean().clamp(min=torch.finfo(squares.dtype).tiny)
-    return relative.clamp(min=SMALLEST).rsqrt().to(dtype)
+def _factors(squares: Tensor, sizes: Tensor) -> Tensor:
+    """One over the root mean square of each row, and of each column, in units of the whole matrix's.
+
+    Args:
+        squares: the sums of all matrices' rows and columns, end to end.
+        sizes: how many belong together.
+    """
+    means = torch.segment_reduce(squares, "mean", lengths=sizes).clamp(min=torch.finfo(squares.dtype).tiny)
+    relative = squares / means.repeat_interleave(sizes, output_size=len(squares))
+    return relative.clamp(min=SMALLEST).rsqrt()

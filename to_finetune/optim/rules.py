@@ -246,12 +246,12 @@ def guard_room(gamma_max: float | None, beta: Scalar) -> Scalar | None:
 
 def sum_of_squares(x: Tensor) -> Tensor:
     """``||x||^2``, 0-dim float64."""
-    return torch.linalg.vector_norm(x, dtype=_accumulator(x)).square()
+    return torch.linalg.vector_norm(x, dtype=accumulator(x.device)).square()
 
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """``x.y``, 0-dim float64."""
-    wide = _accumulator(x)
+    wide = accumulator(x.device)
     return (x.to(wide) * y.to(wide)).sum()
 
 
@@ -271,5 +271,6 @@ def _divide(x: Scalar, y: Tensor) -> Tensor:
     return over / y.clamp(min=SMALLEST_DIVISOR)
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+def accumulator(device: torch.device) -> torch.dtype:
+    """What sums are taken in."""
+    return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64

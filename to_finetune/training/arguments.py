@@ -20,7 +20,6 @@ from to_finetune.errors import UsageError, did_you_mean
 from to_finetune.model.select import chosen_patterns
 from to_finetune.training.optimizers import (
     OPTIMIZERS,
-    RECOMMENDED_LEARNING_RATE,
     check_options,
     optimizer_options,
     parse_optim_args,
@@ -144,7 +143,7 @@ class TrainableOptimizerArguments:
     )
     learning_rate: float | None = field(
         default=None,
-        metadata={"help": f"Default: {RECOMMENDED_LEARNING_RATE} for the TO names, 5e-5 for all others."},
+        metadata={"help": "Default: for a TO from the model's width and what trains of it, for all others 5e-5."},
     )
     max_grad_norm: float | None = field(
         default=None,
@@ -169,12 +168,10 @@ class TrainableOptimizerArguments:
         if name in OPTIMIZERS:
             options = self.to_options
             scaled = options.get("grad_scale") is not None
-            if self.learning_rate is None:
-                self.learning_rate = RECOMMENDED_LEARNING_RATE
-            check_options(name, options, self.learning_rate)
+            check_options(name, options, self.learning_rate or 0.0)
         elif isinstance(self.optim_args, dict):
             self.optim_args = ",".join(f"{key}={value}" for key, value in parse_optim_args(self.optim_args).items())
-        if self.learning_rate is None:
+        if self.learning_rate is None and name not in OPTIMIZERS:  # theirs is set once the model is known
             self.learning_rate = 5e-5
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0 if scaled else 1.0

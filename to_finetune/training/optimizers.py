@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from to_finetune.errors import UsageError, did_you_mean
 from to_finetune.optim import DiagonalTO, FullTO, RankOneTO, TrainableOptimizer
@@ -18,16 +20,41 @@ OPTIMIZERS: dict[str, type[TrainableOptimizer]] = {
     "full_to": FullTO,
 }
 
-# Ours, not the paper's: on normalised gradients, with alpha relative to the weights' own scale, the rates mean the
-# same for every tensor and model. Measured in scripts/benchmarks/stories260k.json.
+# Ours, not the paper's: on gradients that are scaled to unit size, with alpha relative to the weights' own scale, the
+# rates mean the same for every tensor. Measured in scripts/study (results/tables.md).
 RECOMMENDED_OPTIONS: dict[str, Any] = {
     "alpha": 0.3,
     "beta": 0.1,
     "relative_alpha": True,
-    "grad_scale": "rms",
+    "grad_scale": "factored",
     "decoupled_weight_decay": True,
 }
-RECOMMENDED_LEARNING_RATE = 8e-3
+RATE, ADAPTER_RATE = 2e-3, 1.5e-2  # of models up to a width of 256: where everything trains, and of adapters
+MEASURED_WIDTH = 256
+
+
+def recommended_learning_rate(model: nn.Module) -> float:
+    """(ours) The rate of a TO with the recommended options, for what trains of a Hugging Face model.
+
+    The smaller the share of the weights that trains, the further each has to go: the rate is over the square root of
+    the share. Up to a width of 256 it is measured (scripts/study). From there it falls as ``width^-1.5``, to where
+    7 billion weights, of width 4,096, have AdamW's usual rates as much as the small models have; that is not measured.
+
+    Args:
+        model: what trains of it has `requires_grad`; its weights may be on no device.
+
+    Raises:
+        UsageError: for a model whose configuration has no width.
+    """
+    config = getattr(model, "config", None)
+    width = getattr(config and config.get_text_config(), "hidden_size", None)
+    if width is None:
+        raise UsageError(f"learning_rate is not given, and {type(model).__name__} has no config.hidden_size to go by.")
+    sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
+    trained = {name: sizes[name] for name, p in model.named_parameters() if p.requires_grad}
+    is_adapter = any("lora_" in name for name in trained)
+    rate = ADAPTER_RATE if is_adapter else RATE * math.sqrt(sum(sizes.values()) / max(sum(trained.values()), 1))
+    return float(f"{rate * min(1.0, (MEASURED_WIDTH / width) ** 1.5):.2g}")
 
 
 def optimizer_options(name: str, optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Collection, Sequence
+from copy import copy
 from textwrap import shorten
 from typing import Any
 
@@ -151,6 +152,8 @@ def _lora(model_args: ModelArguments) -> Lora:
 
 
 def _optimizer(args: FinetuneArguments) -> tuple[Any, dict[str, Any]]:
+    args = copy(args)
+    args.learning_rate = args.learning_rate or 0.0  # which takes no memory
     try:
         return TOSFTTrainer.get_optimizer_cls_and_kwargs(args)
     except Exception as error:  # one that is not installed, or that looks at the model first

@@ -9,6 +9,7 @@ import datasets
 import torch
 from datasets import Dataset
 from jinja2 import TemplateError
+from peft import PeftConfig
 from rich.console import Console, Group
 from rich.text import Text
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
@@ -26,6 +27,7 @@ from to_finetune.model.quantized import quantize_frozen
 from to_finetune.model.subset import Subset, keep_trained_in_float32, select_trainable
 from to_finetune.training.arguments import DataArguments, FinetuneArguments, ModelArguments
 from to_finetune.training.launch import asks_for_fsdp
+from to_finetune.training.optimizers import recommended_learning_rate
 from to_finetune.training.trainer import TOSFTTrainer
 
 
@@ -41,19 +43,11 @@ def prepare_model(
         UsageError: for a model, a choice of weights or adapters, or a combination of flags that cannot be; before any
             weight is loaded.
     """
-    check_base(model_args, args)
     mixed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
     dtype = getattr(torch, model_args.dtype or mixed or "float32")
     base, revision = model_args.model_name_or_path, model_args.model_revision
     attention, trust = model_args.attn_implementation, args.trust_remote_code
-    skeleton = without_weights(base, revision, attention, trust)
-    patterns = model_args.patterns(skeleton)
-    lora = None
-    if model_args.use_peft:
-        lora = lora_config(
-            model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout, model_args.lora_target_modules
-        )
-    subset = adapter_subset(with_adapters(skeleton, lora)) if lora else select_trainable(skeleton, patterns)
+    skeleton, subset, patterns, lora = _without_weights(model_args, args)
 
     quantization_config = None
     if model_args.quantization:
@@ -67,6 +61,37 @@ def prepare_model(
     if mixed and is_trained:
         keep_trained_in_float32(model)
     return model, tokenizer, subset
+
+
+def settle_learning_rate(model_args: ModelArguments, args: FinetuneArguments) -> None:
+    """Where none was asked for, a TO's rate for this model and what trains of it.
+
+    Raises:
+        UsageError: as `prepare_model`.
+    """
+    if args.learning_rate is None:
+        skeleton, *_ = _without_weights(model_args, args)
+        args.learning_rate = recommended_learning_rate(skeleton)
+
+
+def _without_weights(
+    model_args: ModelArguments, args: FinetuneArguments
+) -> tuple[Any, Subset, list[str] | None, PeftConfig | None]:
+    """The base model on no device, and what trains of it: patterns of names, or adapters."""
+    check_base(model_args, args)
+    skeleton = without_weights(
+        model_args.model_name_or_path,
+        model_args.model_revision,
+        model_args.attn_implementation,
+        args.trust_remote_code,
+    )
+    patterns = model_args.patterns(skeleton)
+    if not model_args.use_peft:
+        return skeleton, select_trainable(skeleton, patterns), patterns, None
+    lora = lora_config(
+        model_args.lora_r, model_args.lora_alpha, model_args.lora_dropout, model_args.lora_target_modules
+    )
+    return skeleton, adapter_subset(with_adapters(skeleton, lora)), patterns, lora
 
 
 def check_base(model_args: ModelArguments, args: FinetuneArguments) -> None:

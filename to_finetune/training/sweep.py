@@ -33,6 +33,7 @@ from to_finetune.training.arguments import (
     without_secrets,
 )
 from to_finetune.training.launch import on_stop
+from to_finetune.training.prepare import settle_learning_rate
 from to_finetune.training.record import last_checkpoint
 from to_finetune.training.search import (
     Space,
@@ -228,6 +229,7 @@ def sweep(
     """
     base = _parse(flags)
     args = base[2]
+    settle_learning_rate(base[0], args)
     if trials < 1:
         raise UsageError(f"trials={trials} is not valid: at least 1.")
     _check_seeds(seeds)

@@ -30,7 +30,7 @@ from to_finetune.optim.checkpoint import load_state, load_weights, save_state, w
 from to_finetune.training.arguments import TrainableOptimizerArguments
 from to_finetune.training.callbacks import ShortBackward
 from to_finetune.training.launch import check_clipping, check_layout
-from to_finetune.training.optimizers import OPTIMIZERS
+from to_finetune.training.optimizers import OPTIMIZERS, recommended_learning_rate
 from to_finetune.training.proofs import EngagementProofs, unwrapped
 
 STATE_NAME = "to_state"  # folder in a checkpoint
@@ -55,6 +55,8 @@ class TrainableOptimizerMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.learning_rate is None:
+            self.args.learning_rate = recommended_learning_rate(self.model)
         expected, _ = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         is_class = isinstance(expected, type) and issubclass(expected, Optimizer)
         check_layout(self.args, self.accelerator.state, self.is_sharded(), self.optimizer)
