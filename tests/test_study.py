@@ -159,10 +159,12 @@ RESULTS = sorted((STUDY / "results").glob("*.jsonl"))
 
 @pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
 def test_no_winner_of_the_committed_results_stands_at_an_edge(path: Path) -> None:
+    from study import METHODS
     from tables import judged
 
     for method, one in judged(path.stem.replace("-", "/")).items():
-        assert min(one.tuning) < one.lr < max(one.tuning), method
+        if METHODS[method].lr is not None:
+            assert min(one.tuning) < one.lr < max(one.tuning), method
         assert len({run["seed"] for run in one.runs}) == 3
 
 

@@ -60,13 +60,14 @@ PROTOCOL = """--dataset_train_split train[:4000] --val_set_size 200 --per_device
 class Method(NamedTuple):
     title: str
     optim: str
-    lr: float  # the middle of the first values on stories260k
+    lr: float | None  # the middle of the first values on stories260k; None for the toolkit's default, untuned
     options: str = ""
 
 
 EXACT = "relative_alpha=False,grad_scale=None"
 METHODS = {
     "adamw": Method("AdamW", "adamw_torch", 3e-3),
+    "diagonal_to_default": Method("Diagonal TO, untuned", "diagonal_to", None),
     "momentum_rms": Method("Momentum, rms gradients", "diagonal_to", 6e-3, "alpha=0.0,grad_scale=rms"),
     "diagonal_to": Method("Diagonal TO, both options", "diagonal_to", 6e-3, "grad_scale=rms"),
     "rank_one_to": Method("RankOne TO, both options", "rank_one_to", 6e-3, "grad_scale=rms"),
@@ -131,8 +132,9 @@ def main() -> None:
 
 def compare(runs: Runs, method: str) -> None:
     """All runs of a method in a cell."""
-    best = tune(runs, method)
-    if best is None:
+    is_tuned = METHODS[method].lr is not None
+    best = tune(runs, method) if is_tuned else None
+    if best is None and is_tuned:
         print(f"{runs.cell} {method}: every rate diverges")
         return
     for seed in SEEDS:
@@ -180,41 +182,44 @@ class Runs:
         first, *lines = [json.loads(line) for line in text.splitlines()]
         if {key: first[key] for key in head} != head:
             raise SystemExit(f"error: {self.path} has runs of another protocol or base model: move it away.")
-        self.done = {(run["method"], run["lr"], run["seed"]): run for run in lines}
+        self.done = {(run["method"], METHODS[run["method"]].lr and run["lr"], run["seed"]): run for run in lines}
 
-    def loss(self, method: str, exponent: int, seed: int = TUNING_SEED) -> float:
-        """The held-out loss of a run, infinite if it diverged."""
-        middle = METHODS[method].lr * START[self.model] * START.get(self.part, 1.0)
-        lr = float(f"{middle * STEP**exponent:.3g}")
+    def loss(self, method: str, exponent: int | None, seed: int = TUNING_SEED) -> float:
+        """The held-out loss of a run, infinite if it diverged; without an exponent it is one at the default rate."""
+        middle, lr = METHODS[method].lr, None
+        if middle is not None and exponent is not None:
+            lr = float(f"{middle * START[self.model] * START.get(self.part, 1.0) * STEP**exponent:.3g}")
         key = method, lr, seed
         if key not in self.done:
             began = time.perf_counter()
             result = train(
                 self.base, self.data_dir, PARTS[self.part], MAX_LENGTH[self.model], METHODS[method], lr, seed
             )
-            run = {"method": method, "lr": lr, "seed": seed, **result}
+            run = {"method": method, "seed": seed, **result}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(run) + "\n")
             self.done[key] = run
             print(
-                f"{self.cell} {method} lr {lr:g} seed {seed}: {run['alpaca']} in {time.perf_counter() - began:.0f} s",
+                f"{self.cell} {method} lr {run['lr']:g} seed {seed}: {run['alpaca']} in {time.perf_counter() - began:.0f} s",
                 flush=True,
             )
         return self.done[key]["alpaca"] or math.inf
 
 
 def train(
-    base: Path, data_dir: Path, part: str, max_length: int, method: Method, lr: float, seed: int
+    base: Path, data_dir: Path, part: str, max_length: int, method: Method, lr: float | None, seed: int
 ) -> dict[str, Any]:
-    """One run: held-out losses (None if it diverged), every step's training loss, seconds a step, bytes of state."""
+    """One run: its rate, held-out losses (None if it diverged), each step's training loss, seconds and bytes."""
     with TemporaryDirectory() as folder:
-        flags = f"""{PROTOCOL} {part} --max_length {max_length} --model_name_or_path {base} --learning_rate {lr}
+        flags = f"""{PROTOCOL} {part} --max_length {max_length} --model_name_or_path {base}
             --dataset_name {data_dir / "alpaca_data.json"} --seed {seed} --output_dir {folder}
             --optim {"adamw_torch" if method.optim in ("muon", "idea") else method.optim}"""
-        options = ["--optim_args", method.options] if method.options and method.optim != "idea" else []
+        options = [] if lr is None else ["--learning_rate", str(lr)]
+        if method.options and method.optim != "idea":
+            options += ["--optim_args", method.options]
         trainer = prepared([*flags.split(), *options], data_dir)
         if method.optim in ("muon", "idea"):
-            trainer.optimizer = named(method, trainer.model, lr)
+            trainer.optimizer = named(method, trainer.model, trainer.args.learning_rate)
             trainer.engagement.expected = type(trainer.optimizer)
         try:
             trainer.train()
@@ -228,6 +233,7 @@ def train(
     seconds = next((row["train_runtime"] for row in history if "train_runtime" in row), None)
     finite = all(math.isfinite(loss) for loss in losses.values())
     return {
+        "lr": trainer.args.learning_rate,
         "alpaca": round(losses["eval_alpaca_loss"], 5) if losses and finite else None,
         "user": round(losses["eval_user_loss"], 5) if losses and finite else None,
         "curve": [round(row["loss"], 4) for row in history if "loss" in row and math.isfinite(row["loss"])],

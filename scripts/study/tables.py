@@ -65,10 +65,14 @@ def judged(cell: str) -> dict[str, Judged]:
     for method in METHODS:
         tuning = {run["lr"]: run for run in by_method[method] if run["seed"] == TUNING_SEED}
         finished = {lr: run["alpaca"] for lr, run in tuning.items() if run["alpaca"] is not None}
-        if not finished:
+        judging = [run for run in by_method[method] if run["seed"] in SEEDS]
+        if METHODS[method].lr is None and judging:
+            lr = judging[0]["lr"]
+        elif finished:
+            lr = min(finished, key=lambda lr: finished[lr])
+        else:
             continue
-        lr = min(finished, key=lambda lr: finished[lr])
-        runs = [run for run in by_method[method] if run["lr"] == lr and run["seed"] in SEEDS]
+        runs = [run for run in judging if run["lr"] == lr]
         if len(runs) == len(SEEDS):
             runs.sort(key=lambda run: run["seed"])
             found[method] = Judged(lr, runs, dict(sorted(tuning.items())))
