@@ -199,10 +199,8 @@ class Runs:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(run) + "\n")
             self.done[key] = run
-            print(
-                f"{self.cell} {method} lr {run['lr']:g} seed {seed}: {run['alpaca']} in {time.perf_counter() - began:.0f} s",
-                flush=True,
-            )
+            seconds = time.perf_counter() - began
+            print(f"{self.cell} {method} lr {run['lr']:g} seed {seed}: {run['alpaca']} in {seconds:.0f} s", flush=True)
         return self.done[key]["alpaca"] or math.inf
 
 

@@ -9,33 +9,42 @@ for all matrices.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from to_finetune.optim.blocks import to_device
+from to_finetune.optim.kernels.batch import FORMATS
+from to_finetune.optim.kernels.fused import kernels_for
 from to_finetune.optim.rules import accumulator
 from to_finetune.optim.sharding import Member, Shards, all_reduce
 
-CHUNK = 1 << 18  # elements that are squared at a time
+CHUNK = 1 << 18  # elements that the plain path squares at a time
 SMALLEST = 1e-8  # a row below a ten-thousandth of the matrix's root mean square is noise, and stays small
 
 
 class Piece(NamedTuple):
-    """A part of a matrix's gradient, (rows, ...), and which rows and columns they are of the matrix."""
+    """Rows of a gradient, or a part of one row.
+
+    Attributes:
+        grad: (rows, ...).
+        row, column: where its first row and its first column stand in the vector of all rows and columns.
+    """
 
     grad: Tensor
-    rows: slice
-    columns: slice
+    row: int
+    column: int
 
 
-class Matrix(NamedTuple):
-    """What this process has of a matrix's gradient, and the numbers of rows and columns of the whole."""
+@dataclass
+class Matrices:
+    """Those that are measured together: what of them is here, and each one's numbers of rows and columns."""
 
-    pieces: list[Piece]
-    rows: int
-    columns: int
+    pieces: list[Piece] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
 
 
 def equalize_(work: Sequence[tuple[Mapping[str, Any], list[Member]]], shapes: Sequence[torch.Size]) -> None:
@@ -45,53 +54,60 @@ def equalize_(work: Sequence[tuple[Mapping[str, Any], list[Member]]], shapes: Se
         work: the groups and all their members, also those without a weight on this process, which add nothing.
         shapes: of all parameters that the optimizer was given; of more than two dimensions the first one is the rows.
     """
-    matrices: dict[tuple[Shards, torch.device, torch.dtype], list[Matrix]] = {}
+    alike: dict[tuple[Shards, torch.device, torch.dtype, bool], Matrices] = {}
     for group, members in work:
-        for member in members:
+        may_fuse = group["fused"] is not False and not group["foreach"]
+        for member in members if group["grad_scale"] == "factored" else ():
             rows, columns = shapes[member.position][:1].numel(), shapes[member.position][1:].numel()
-            if group["grad_scale"] == "factored" and len(shapes[member.position]) > 1:
-                alike = matrices.setdefault((member.shards, member.grad.device, member.grad.dtype), [])
-                alike.append(Matrix(list(_pieces(member, columns)), rows, columns))
-    for (shards, device, dtype), those in matrices.items():
-        squares = all_reduce(torch.cat([_squares(matrix, device) for matrix in those]), shards)
-        sizes = [size for matrix in those for size in (matrix.rows, matrix.columns)]
-        factors = _factors(squares, to_device(torch.tensor(sizes), device)).to(dtype).split(sizes)
-        for matrix, of_rows, of_columns in zip(those, factors[::2], factors[1::2], strict=True):
-            for grad, here, there in matrix.pieces:
-                grad.mul_(of_rows[here].view(-1, *(1,) * (grad.dim() - 1)))
-                grad.mul_(of_columns[there].view(grad.shape[1:]))
+            if len(shapes[member.position]) > 1:
+                kind = (member.shards, member.grad.device, member.grad.dtype, may_fuse)
+                matrices = alike.setdefault(kind, Matrices())
+                matrices.pieces += _pieces(member, columns, sum(matrices.sizes), sum(matrices.sizes) + rows)
+                matrices.sizes += [rows, columns]
+    for (shards, device, dtype, may_fuse), matrices in alike.items():
+        kernels = _kernels(matrices.pieces) if may_fuse and device.type == "cpu" and dtype in FORMATS else None
+        squares = torch.zeros(sum(matrices.sizes), dtype=accumulator(device), device=device)
+        (kernels.add_squares if kernels else _add_squares)(matrices.pieces, squares)
+        factors = _factors(all_reduce(squares, shards), to_device(torch.tensor(matrices.sizes), device)).to(dtype)
+        (kernels.scale if kernels else _scale)(matrices.pieces, factors)
 
 
-def _pieces(member: Member, columns: int) -> Iterator[Piece]:
-    """The whole rows of a run, and the parts of rows in which it begins and ends."""
+def _pieces(member: Member, columns: int, row: int, column: int) -> Iterator[Piece]:
+    """The whole rows of a run, and the parts of rows in which it begins and ends; `row`, `column`: of the matrix."""
     grad, first = member.grad, member.first
     assert first is not None
     if grad.dim() > 1:
-        row = first // columns if columns else 0
-        yield Piece(grad, slice(row, row + len(grad)), slice(None))
+        yield Piece(grad, row + (first // columns if columns else 0), column)
         return
     at, end = first, first + len(grad)
     while at < end:
-        row, column = divmod(at, columns)
-        width = min(columns - column, end - at)
-        rows = max((end - at) // columns, 1) if column == 0 else 1
-        yield Piece(
-            grad[at - first :][: rows * width].view(rows, width), slice(row, row + rows), slice(column, column + width)
-        )
+        i, j = divmod(at, columns)
+        width = min(columns - j, end - at)
+        rows = max((end - at) // columns, 1) if j == 0 else 1
+        yield Piece(grad[at - first :][: rows * width].view(rows, width), row + i, column + j)
         at += rows * width
 
 
-def _squares(matrix: Matrix, device: torch.device) -> Tensor:
-    """The sums of squares of the matrix's rows, then of its columns, as far as they are here; one vector, float64."""
-    wide = accumulator(device)
-    sums = torch.zeros(matrix.rows + matrix.columns, dtype=wide, device=device)
-    of_rows, of_columns = sums.split([matrix.rows, matrix.columns])
-    for grad, here, there in matrix.pieces:
-        for begin in range(0, len(grad), step := max(CHUNK // max(matrix.columns, 1), 1)):
-            squares = grad[begin : begin + step].flatten(1).to(wide).square()
-            of_rows[here][begin : begin + step] += squares.sum(1)
-            of_columns[there] += squares.sum(0)
-    return sums
+def _kernels(pieces: Sequence[Piece]) -> ModuleType | None:
+    return kernels_for("cpu") if all(piece.grad.is_contiguous() for piece in pieces) else None
+
+
+def _add_squares(pieces: Sequence[Piece], sums: Tensor) -> None:
+    """Add to each row's and each column's sum of squares."""
+    for grad, row, column in pieces:
+        columns = grad.shape[1:].numel()
+        step = max(CHUNK // max(columns, 1), 1)
+        for begin in range(0, len(grad), step):
+            squares = grad[begin : begin + step].flatten(1).to(sums.dtype).square()
+            sums[row + begin :][: len(squares)] += squares.sum(1)
+            sums[column : column + columns] += squares.sum(0)
+
+
+def _scale(pieces: Sequence[Piece], factors: Tensor) -> None:
+    """Multiply each element by its row's and its column's factor, in place."""
+    for grad, row, column in pieces:
+        grad.mul_(factors[row : row + len(grad)].view(-1, *(1,) * (grad.dim() - 1)))
+        grad.mul_(factors[column : column + grad.shape[1:].numel()].view(grad.shape[1:]))
 
 
 def _factors(squares: Tensor, sizes: Tensor) -> Tensor:

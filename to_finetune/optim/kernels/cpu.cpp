@@ -601,6 +601,74 @@ void finish(const Batch& batch, bool rms, bool relative, int64_t numel, double* 
   s.own[3] = alpha * c;
 }
 
+// ---- Rows and columns of gradients that weigh alike: factored.py ------------------------------------------------------
+
+// Rows of a gradient, or a part of one; row, column: of its first element, among the rows and columns of all matrices.
+struct Piece {
+  void* g;
+  int64_t rows, columns, row, column;
+};
+
+struct Rows {
+  const Piece* of;
+  int64_t low, high;  // the rows that a thread takes at a time
+};
+
+std::vector<Rows> in_rows(int64_t count, const Piece* pieces) {
+  std::vector<Rows> chunks;
+  for (const Piece* p = pieces; p < pieces + count; ++p) {
+    const int64_t step = std::max<int64_t>(1, 4 * CHUNK / std::max<int64_t>(1, p->columns));
+    for (int64_t low = 0; low < p->rows; low += step) chunks.push_back({p, low, std::min(p->rows, low + step)});
+  }
+  return chunks;
+}
+
+template <class Work>
+void over_rows(const std::vector<Rows>& chunks, int threads, Work work) {
+  std::atomic<size_t> next{0};
+  auto take = [&] {
+    for (size_t k; (k = next++) < chunks.size();) work(k);
+  };
+  run_on(int(std::min<size_t>(threads, chunks.size())), take);
+}
+
+template <class T>
+void add_squares(const Rows& chunk, double* of_rows, double* of_columns) {
+  const int64_t n = chunk.of->columns;
+  for (int64_t i = chunk.low; i < chunk.high; ++i) {
+    const T* g = static_cast<const T*>(chunk.of->g) + i * n;
+    double of_row = 0;
+#pragma omp simd reduction(+ : of_row)
+    for (int64_t j = 0; j < n; ++j) {
+      double square = get(g[j]);
+      square *= square;
+      of_row += square;
+      of_columns[j] += square;
+    }
+    of_rows[i] += of_row;
+  }
+}
+
+inline void set(float& to, float x) { to = x; }
+inline void set(bfloat16& to, float x) {  // to the nearest, ties to even
+  const uint32_t bits = as_bits(x);
+  to = bfloat16((x == x ? bits + 0x7fffu + (bits >> 16 & 1u) : bits | 0x400000u) >> 16);
+}
+
+template <class T>
+void scale(const Rows& chunk, const float* of_rows, const float* of_columns) {
+  const int64_t n = chunk.of->columns;
+  for (int64_t i = chunk.low; i < chunk.high; ++i) {
+    T* g = static_cast<T*>(chunk.of->g) + i * n;
+    const float of_row = of_rows[i];
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      set(g[j], get(g[j]) * of_row);
+      set(g[j], get(g[j]) * of_columns[j]);
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -622,6 +690,29 @@ void update(int32_t variant, int32_t weight, int32_t gradient, int32_t state, in
   const Batch batch{Variant(variant), Format(weight), Format(gradient), Format(state)};
   over_chunks(IN_CHUNKS, true, count, tensors, sums, threads, [&](int64_t j, int64_t low, int64_t high, double* out) {
     step_chunk(batch, tensors[j], scalars[j], low, high, weights, out);
+  });
+}
+
+// Adds up the squares of each row and column; the chunks' columns in order, whatever the threads.
+void add_row_and_column_squares(int32_t format, int64_t count, const Piece* pieces, double* sums, int32_t threads) {
+  const std::vector<Rows> chunks = in_rows(count, pieces);
+  std::vector<std::vector<double>> columns(chunks.size());
+  over_rows(chunks, threads, [&](size_t k) {
+    columns[k].resize(chunks[k].of->columns);
+    double* of_rows = sums + chunks[k].of->row;
+    format == FLOAT32 ? add_squares<float>(chunks[k], of_rows, columns[k].data())
+                      : add_squares<bfloat16>(chunks[k], of_rows, columns[k].data());
+  });
+  for (size_t k = 0; k < chunks.size(); ++k)
+    for (size_t j = 0; j < columns[k].size(); ++j) sums[chunks[k].of->column + int64_t(j)] += columns[k][j];
+}
+
+void scale_rows_and_columns(int32_t format, int64_t count, const Piece* pieces, const float* factors, int32_t threads) {
+  const std::vector<Rows> chunks = in_rows(count, pieces);
+  over_rows(chunks, threads, [&](size_t k) {
+    const float *of_rows = factors + chunks[k].of->row, *of_columns = factors + chunks[k].of->column;
+    format == FLOAT32 ? scale<float>(chunks[k], of_rows, of_columns)
+                      : scale<bfloat16>(chunks[k], of_rows, of_columns);
   });
 }
 

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from to_finetune.optim.kernels.batch import FORMATS
+
 if TYPE_CHECKING:
+    from to_finetune.optim.factored import Piece
     from to_finetune.optim.kernels.batch import Batch
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -48,6 +52,24 @@ def measure_and_update(batch: Batch, scalars: Tensor, weights: bool, held: Tenso
     """Both passes of a batch whose blocks are its tensors, so that small ones are read from memory once."""
     flags = int(batch.group["grad_scale"] is not None), int(batch.group["relative_alpha"])
     return _call("measure_and_update", batch, scalars, weights, _address(held), *flags)
+
+
+def add_squares(pieces: Sequence[Piece], sums: Tensor) -> None:
+    """Add to `sums`, float64, the squares of the rows and columns of contiguous pieces of one format."""
+    _call_on_pieces("add_row_and_column_squares", pieces, sums)
+
+
+def scale(pieces: Sequence[Piece], factors: Tensor) -> None:
+    """Multiply each element by its row's and its column's factor, in place, rounded after each."""
+    _call_on_pieces("scale_rows_and_columns", pieces, factors.float())
+
+
+def _call_on_pieces(function: str, pieces: Sequence[Piece], numbers: Tensor) -> None:
+    if pieces:
+        about = [(grad.data_ptr(), len(grad), grad.shape[1:].numel(), row, column) for grad, row, column in pieces]
+        table, threads = torch.tensor(about), torch.get_num_threads()
+        format_ = FORMATS[pieces[0].grad.dtype]
+        library()[function](format_, ctypes.c_int64(len(pieces)), _address(table), _address(numbers), threads)
 
 
 def _call(function: str, batch: Batch, scalars: Tensor, weights: bool, *more: Any) -> Tensor:
