@@ -31,15 +31,16 @@ from to_finetune.optim.checkpoint import load_state, save_state
 from .on_cpu import shard_with, use_gloo
 
 STEPS, ROWS = 4, 12
-RECOMMENDED = {"alpha": 0.3, "relative_alpha": True, "grad_scale": "rms", "lr": 0.01}
+RMS = {"alpha": 0.3, "relative_alpha": True, "grad_scale": "rms", "lr": 0.01}
+RECOMMENDED = {**RMS, "grad_scale": "factored"}
 PAPER = {"alpha": 1e-4, "lr": 1e-4}
 OPTIMIZERS: dict[str, tuple[type[TrainableOptimizer], dict[str, Any]]] = {
     "diagonal": (DiagonalTO, PAPER),
     "diagonal-recommended": (DiagonalTO, RECOMMENDED),
-    "diagonal-group": (DiagonalTO, {**RECOMMENDED, "scope": "group"}),
+    "diagonal-group": (DiagonalTO, {**RMS, "scope": "group"}),
     "rank_one": (RankOneTO, {**PAPER, "max_norm": 2.0}),
     "rank_one-recommended": (RankOneTO, RECOMMENDED),
-    "rank_one-group": (RankOneTO, {**RECOMMENDED, "scope": "group", "schedule": "theorem"}),
+    "rank_one-group": (RankOneTO, {**RMS, "scope": "group", "schedule": "theorem"}),
 }
 STATES = ("float32", "bfloat16", "int8")
 ZERO: dict[str, dict[str, Any]] = {

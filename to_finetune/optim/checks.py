@@ -46,7 +46,11 @@ def check_hyperparameters(group: Mapping[str, Any], state_dtypes: Sequence[torch
     check("weight_decay", group["weight_decay"] >= 0, "a number of at least 0")
     check("grad_scale", group["grad_scale"] in (None, "rms", "factored"), 'None, "rms" or "factored"')
     coupled = group["weight_decay"] > 0 and not group["decoupled_weight_decay"]
-    check("weight_decay", not coupled or group["grad_scale"] != "factored", "grad_scale='factored' takes it decoupled")
+    check(
+        "weight_decay",
+        not coupled or group["grad_scale"] != "factored",
+        "grad_scale='factored' needs decoupled_weight_decay=True with it",
+    )
     check("state_dtype", group["state_dtype"] in (None, *state_dtypes), f"None, {', '.join(map(str, state_dtypes))}")
     check("seed", type(group["seed"]) is int and 0 <= group["seed"] < 2**63, "a whole number of at least 0")
     check("scope", group["scope"] in ("tensor", "group"), '"tensor" or "group"')

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,16 +28,16 @@ RECOMMENDED_OPTIONS: dict[str, Any] = {
     "grad_scale": "factored",
     "decoupled_weight_decay": True,
 }
-RATE, ADAPTER_RATE = 2e-3, 1.5e-2  # of models up to a width of 256: where everything trains, and of adapters
+RATE, ADAPTER_RATE = 2e-3, 1.2e-2  # where everything trains, and of adapters, in models up to the measured width
 MEASURED_WIDTH = 256
 
 
 def recommended_learning_rate(model: nn.Module) -> float:
     """(ours) The rate of a TO with the recommended options, for what trains of a Hugging Face model.
 
-    The smaller the share of the weights that trains, the further each has to go: the rate is over the square root of
-    the share. Up to a width of 256 it is measured (scripts/study). From there it falls as ``width^-1.5``, to where
-    7 billion weights, of width 4,096, have AdamW's usual rates as much as the small models have; that is not measured.
+    The fewer of the weights train, the further each has to go: a third of them or less at three times the rate of all.
+    Up to a width of 256 it is measured (scripts/study). From there it falls as ``width^-1.5``, to about where AdamW's
+    published rates are at 7 billion weights, of width 4,096; that is not measured.
 
     Args:
         model: what trains of it has `requires_grad`; its weights may be on no device.
@@ -53,7 +52,7 @@ def recommended_learning_rate(model: nn.Module) -> float:
     sizes = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
     trained = {name: sizes[name] for name, p in model.named_parameters() if p.requires_grad}
     is_adapter = any("lora_" in name for name in trained)
-    rate = ADAPTER_RATE if is_adapter else RATE * math.sqrt(sum(sizes.values()) / max(sum(trained.values()), 1))
+    rate = ADAPTER_RATE if is_adapter else RATE / max(sum(trained.values()) / sum(sizes.values()), 1 / 3)
     return float(f"{rate * min(1.0, (MEASURED_WIDTH / width) ** 1.5):.2g}")
 
 
