@@ -1,10 +1,10 @@
-"""The study's base models: stories260k, and two Llamas pretrained here on 20 Newsgroups.
+"""The study's base models: stories260k, and Llamas pretrained here on 20 Newsgroups.
 
-    python scripts/study/base_models.py DATA_DIR [MODELS_DIR]
+    python scripts/study/base_models.py DATA_DIR [--models 1M 5M]
 
-Trains a tokenizer of 4,096 tokens on the training posts, then pretrains a Llama of 1 million weights and one of 5
-million by `finetune.py`, and says their loss on posts that were held out, beside that of guessing each token by its
-frequency. What is there already is kept. DATA_DIR has `20news-bydate` and `stories260k`.
+Trains a tokenizer of 4,096 tokens on the training posts, then pretrains Llamas of 1 and 5 million weights (and, if it
+is named, one of 102 million, which wants a GPU) by `finetune.py`, and says their loss on posts that were held out,
+beside that of guessing each token by its frequency. What is there already is kept. DATA_DIR has `20news-bydate` and `stories260k`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import math
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -22,39 +23,48 @@ from to_finetune import finetune
 
 MODELS_DIR = Path(__file__).parents[2] / "runs" / "study" / "models"
 VOCABULARY = 4096
-SIZES = {  # hidden size, layers, heads; pretraining steps of 4 x 128 tokens
-    "1M": (96, 6, 6, 3000),
-    "5M": (224, 7, 7, 1500),
-}
+
+
+class Size(NamedTuple):
+    hidden: int
+    layers: int
+    heads: int
+    steps: int  # of pretraining
+    rows: int = 4  # of 128 tokens a step
+    learning_rate: float = 3e-3
+
+
+SIZES = {"1M": Size(96, 6, 6, 3000), "5M": Size(224, 7, 7, 1500), "100M": Size(768, 14, 12, 1500, 32, 6e-4)}
 HELD_OUT = 200  # posts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", type=Path)
-    parser.add_argument("models_dir", type=Path, nargs="?", default=MODELS_DIR)
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=["1M", "5M"])
     arguments = parser.parse_args()
-    for name in SIZES:
-        print(name, made(name, arguments.data_dir, arguments.models_dir))
+    for name in arguments.models:
+        print(name, made(name, arguments.data_dir))
 
 
-def made(name: str, data_dir: Path, models_dir: Path = MODELS_DIR) -> Path:
+def made(name: str, data_dir: Path) -> Path:
     """The folder of a base model, pretrained if it is not there."""
     if name == "stories260k":
         return data_dir / name
-    folder = models_dir / name
+    folder = MODELS_DIR / name
     if not (folder / "pretrained" / "run.json").exists():
-        texts, held_out = posts(data_dir), models_dir / "held_out.jsonl"
-        models_dir.mkdir(parents=True, exist_ok=True)
-        write(models_dir / "posts.jsonl", texts[HELD_OUT:])
+        texts, held_out = posts(data_dir), MODELS_DIR / "held_out.jsonl"
+        MODELS_DIR.mkdir(parents=True, exist_ok=True)
+        write(MODELS_DIR / "posts.jsonl", texts[HELD_OUT:])
         write(held_out, texts[:HELD_OUT])
-        hidden, layers, heads, steps = SIZES[name]
-        start(data_dir, texts[HELD_OUT:], folder / "start", hidden, layers, heads)
+        size = SIZES[name]
+        start(data_dir, texts[HELD_OUT:], folder / "start", size)
         flags = f"""--model_name_or_path {folder / "start"} --output_dir {folder / "pretrained"}
-            --dataset_name {models_dir / "posts.jsonl"} --eval_dataset_name {held_out}
-            --optim adamw_torch --learning_rate 3e-3 --adam_beta2 0.95 --lr_scheduler_type cosine --warmup_steps 20
-            --packing true --packing_strategy wrapped --max_length 128 --per_device_train_batch_size 4
-            --max_steps {steps} --logging_steps 100 --save_strategy no --report_to none --use_cpu true"""
+            --dataset_name {MODELS_DIR / "posts.jsonl"} --eval_dataset_name {held_out} --optim adamw_torch
+            --learning_rate {size.learning_rate} --adam_beta2 0.95 --lr_scheduler_type cosine --warmup_steps 20
+            --packing true --packing_strategy wrapped --max_length 128 --per_device_train_batch_size {size.rows}
+            --max_steps {size.steps} --logging_steps 100 --save_strategy no --report_to none --dtype float32
+            {"--bf16 true" if name == "100M" else "--use_cpu true"}"""
         code = finetune.main(flags.split())
         if code:
             raise SystemExit(code)
@@ -73,7 +83,7 @@ def write(path: Path, texts: list[str]) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
-def start(data_dir: Path, texts: list[str], folder: Path, hidden: int, layers: int, heads: int) -> None:
+def start(data_dir: Path, texts: list[str], folder: Path, size: Size) -> None:
     """A tokenizer like stories260k's, trained on the texts, and a Llama with random weights."""
     small = AutoTokenizer.from_pretrained(data_dir / "stories260k")
     tokenizer = small.train_new_from_iterator(texts, vocab_size=VOCABULARY)
@@ -81,13 +91,13 @@ def start(data_dir: Path, texts: list[str], folder: Path, hidden: int, layers: i
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3 // 8 * 8,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
+        hidden_size=size.hidden,
+        intermediate_size=size.hidden * 8 // 3 // 8 * 8,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        initializer_range=hidden**-0.5,  # transformers' 0.02 is that of a width of 2,500, and learns slowly here
+        initializer_range=size.hidden**-0.5,  # transformers' 0.02 is that of a width of 2,500, and learns slowly here
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )

@@ -1,6 +1,8 @@
 """TO against well-tuned optimizers: small pretrained Llamas, four trained parts, instructions of Alpaca.
 
     python scripts/study/study.py DATA_DIR [--cells 1M/last2 5M/lora ...] [--methods adamw diagonal_to ...]
+    python scripts/study/study.py DATA_DIR --cells 100M/last2 --methods adamw momentum_factored diagonal_to_factored \
+        diagonal_to_default     # on a GPU, in about ten minutes
 
 Each method of a cell (a base model and a trained part) gets the same trials on seed 0: three values of lr, a factor of
 three apart, more at an end while the best is there, then two between, then three times and a third of the best; the
@@ -51,6 +53,8 @@ PARTS = {
 }
 MAX_LENGTH = {"stories260k": 192, "1M": 128, "5M": 128}  # tokens; stories260k's are half as long
 CELLS = [f"{model}/{part}" for model in MAX_LENGTH for part in PARTS]
+ON_GPU = "100M/last2"  # its model is pretrained there, in a few minutes
+MAX_LENGTH["100M"] = 128
 PROTOCOL = """--dataset_train_split train[:4000] --val_set_size 200 --per_device_train_batch_size 8
     --per_device_eval_batch_size 32 --max_steps 100 --lr_scheduler_type cosine --warmup_steps 3 --max_grad_norm 1.0
     --weight_decay 0 --logging_steps 1 --save_strategy no --report_to none --disable_tqdm true --use_cpu true
@@ -105,13 +109,19 @@ METHODS |= {  # other rates of the estimate
     )
     for rate in ("alpha 0.1", "alpha 1.0", "beta 0.05", "beta 0.2")
 }
-START = {"stories260k": 1.0, "1M": 0.5, "5M": 0.3, "lora": 2.0}  # of the middle: a guess, the grid goes where it must
+START = {
+    "stories260k": 1.0,
+    "1M": 0.5,
+    "5M": 0.3,
+    "100M": 0.1,
+    "lora": 2.0,
+}  # of the middle: a guess, the grid goes where it must
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", type=Path, help="has alpaca_data.json, user_oriented_instructions.jsonl, ...")
-    parser.add_argument("--cells", nargs="+", choices=CELLS, default=CELLS, metavar="CELL", help=", ".join(CELLS))
+    parser.add_argument("--cells", nargs="+", choices=[*CELLS, ON_GPU], default=CELLS, metavar="CELL")
     names = ", ".join(map(repr, METHODS))
     parser.add_argument(
         "--methods",
@@ -169,9 +179,12 @@ class Runs:
         self.cell, self.data_dir = cell, data_dir
         self.model, self.part = cell.split("/")
         self.base = base_models.made(self.model, data_dir)
+        self.protocol = " ".join(PROTOCOL.split())
+        if cell == ON_GPU:
+            self.protocol = self.protocol.replace("--use_cpu true", "--bf16 true")
         self.path = RESULTS / f"{self.model}-{self.part}.jsonl"
         bits = hashlib.sha256((self.base / "model.safetensors").read_bytes()).hexdigest()[:16]
-        head = {"cell": cell, "base_sha256": bits, "protocol": " ".join(PROTOCOL.split()), "part": PARTS[self.part]}
+        head = {"cell": cell, "base_sha256": bits, "protocol": self.protocol, "part": PARTS[self.part]}
         if not self.path.exists():
             self.path.parent.mkdir(exist_ok=True)
             self.path.write_text(json.dumps({**head, "machine": machine()}) + "\n", encoding="utf-8")
@@ -192,9 +205,8 @@ class Runs:
         key = method, lr, seed
         if key not in self.done:
             began = time.perf_counter()
-            result = train(
-                self.base, self.data_dir, PARTS[self.part], MAX_LENGTH[self.model], METHODS[method], lr, seed
-            )
+            flags = f"{self.protocol} {PARTS[self.part]} --max_length {MAX_LENGTH[self.model]}"
+            result = train(flags, self.base, self.data_dir, METHODS[method], lr, seed)
             run = {"method": method, "seed": seed, **result}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(run) + "\n")
@@ -204,12 +216,10 @@ class Runs:
         return self.done[key]["alpaca"] or math.inf
 
 
-def train(
-    base: Path, data_dir: Path, part: str, max_length: int, method: Method, lr: float | None, seed: int
-) -> dict[str, Any]:
+def train(protocol: str, base: Path, data_dir: Path, method: Method, lr: float | None, seed: int) -> dict[str, Any]:
     """One run: its rate, held-out losses (None if it diverged), each step's training loss, seconds and bytes."""
     with TemporaryDirectory() as folder:
-        flags = f"""{PROTOCOL} {part} --max_length {max_length} --model_name_or_path {base}
+        flags = f"""{protocol} --model_name_or_path {base}
             --dataset_name {data_dir / "alpaca_data.json"} --seed {seed} --output_dir {folder}
             --optim {"adamw_torch" if method.optim in ("muon", "idea") else method.optim}"""
         options = [] if lr is None else ["--learning_rate", str(lr)]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.ticker import NullLocator
 from scipy.stats import ttest_rel
-from study import CELLS, METHODS, RESULTS, SEEDS, TUNING_SEED
+from study import CELLS, METHODS, ON_GPU, RESULTS, SEEDS, TUNING_SEED
 
 from to_finetune.files import write_whole
 from to_finetune.report.plot import COLOURS
@@ -44,7 +44,7 @@ class Judged(NamedTuple):
 
 
 def main() -> None:
-    cells = {cell: judged(cell) for cell in CELLS}
+    cells = {cell: judged(cell) for cell in [*CELLS, ON_GPU]}
     cells = {cell: methods for cell, methods in cells.items() if methods}
     write_whole(RESULTS / "tables.md", "\n\n".join(tables(cells)) + "\n")
     curves(cells)
