@@ -4,7 +4,8 @@
 
 Trains a tokenizer of 4,096 tokens on the training posts, then pretrains Llamas of 1 and 5 million weights (and, if it
 is named, one of 102 million, which wants a GPU) by `finetune.py`, and says their loss on posts that were held out,
-beside that of guessing each token by its frequency. What is there already is kept. DATA_DIR has `20news-bydate` and `stories260k`.
+beside that of guessing each token by its frequency. What is there already is kept. DATA_DIR has `20news-bydate` and
+`stories260k`.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "exponential": {"schedule": "exponential", "alpha_decay": 0.8, "lr_decay": 0.7},
     "coupled decay, rms": {"weight_decay": 0.2, "grad_scale": "rms", "maximize": True},
     "decoupled decay": {"weight_decay": 0.2, "decoupled_weight_decay": True, "max_norm": 3.0},
-    "recommended": {"alpha": 0.3, "relative_alpha": True, "grad_scale": "rms", "decoupled_weight_decay": True},
+    "recommended": {"alpha": 0.3, "relative_alpha": True, "grad_scale": "factored", "decoupled_weight_decay": True},
     "factored": {"alpha": 0.3, "relative_alpha": True, "grad_scale": "factored", "state_dtype": torch.int8},
     "tensor lr": {"lr": torch.tensor(0.1), "weight_decay": 0.2, "decoupled_weight_decay": True},
     "bfloat16 state": {"state_dtype": torch.bfloat16},

@@ -52,7 +52,7 @@ def trained(name: str, steps: int, accumulation: int = 1, clip: float | None = N
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "recommended": {"alpha": 0.3, "relative_alpha": True, "grad_scale": "rms", "decoupled_weight_decay": True},
+    "recommended": {"alpha": 0.3, "relative_alpha": True, "grad_scale": "factored", "decoupled_weight_decay": True},
     "theorem and int8": {"schedule": "theorem", "t0": 5.0, "state_dtype": "int8", "weight_decay": 0.1},
     "plain": {"fused": False},
 }
