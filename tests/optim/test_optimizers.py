@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .helpers import OPTIMIZERS, assert_equals_textbook, flat, flat_state, make_weights, random_gradients, step
+from .helpers import OPTIMIZERS, assert_equals_textbook, copies, flat, flat_state, make_weights, random_gradients, step
 from .textbook import Textbook
 
 STEPS = 10
@@ -199,6 +199,18 @@ def test_factored_gradients_have_rows_and_columns_that_weigh_alike(variant: str,
     before = params[0].detach().clone()
     step(optimizer, params, [scale * signs * rows * columns])
     torch.testing.assert_close(before - params[0], signs, rtol=1e-5, atol=1e-5)
+
+
+def test_factored_gradients_of_empty_matrices_are_no_obstacle(variant: str) -> None:
+    """Also beside others, whose sums lie behind theirs."""
+    params = make_weights([(0, 3), (3, 0), (4, 5), (0, 2)])
+    alone, before = copies(params[2:3]), params[2].detach().clone()
+    grads = random_gradients(params)
+    step(OPTIMIZERS[variant](params, grad_scale="factored"), params, grads)
+    step(OPTIMIZERS[variant](alone, grad_scale="factored"), alone, grads[2:3])
+    assert torch.equal(params[2], alone[0])
+    assert params[2].isfinite().all()
+    assert not torch.equal(params[2], before)
 
 
 def test_factored_gradients_leave_what_is_next_to_nothing(variant: str) -> None:

@@ -45,6 +45,12 @@ class Matrices:
 
     pieces: list[Piece] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
+    size: int = 0  # their sum
+
+    def add(self, member: Member, rows: int, columns: int) -> None:
+        self.pieces += _pieces(member, columns, self.size, self.size + rows)
+        self.sizes += [rows, columns]
+        self.size += rows + columns
 
 
 def equalize_(work: Sequence[tuple[Mapping[str, Any], list[Member]]], shapes: Sequence[torch.Size]) -> None:
@@ -61,12 +67,10 @@ def equalize_(work: Sequence[tuple[Mapping[str, Any], list[Member]]], shapes: Se
             rows, columns = shapes[member.position][:1].numel(), shapes[member.position][1:].numel()
             if len(shapes[member.position]) > 1:
                 kind = (member.shards, member.grad.device, member.grad.dtype, may_fuse)
-                matrices = alike.setdefault(kind, Matrices())
-                matrices.pieces += _pieces(member, columns, sum(matrices.sizes), sum(matrices.sizes) + rows)
-                matrices.sizes += [rows, columns]
+                alike.setdefault(kind, Matrices()).add(member, rows, columns)
     for (shards, device, dtype, may_fuse), matrices in alike.items():
         kernels = _kernels(matrices.pieces) if may_fuse and device.type == "cpu" and dtype in FORMATS else None
-        squares = torch.zeros(sum(matrices.sizes), dtype=accumulator(device), device=device)
+        squares = torch.zeros(matrices.size, dtype=accumulator(device), device=device)
         (kernels.add_squares if kernels else _add_squares)(matrices.pieces, squares)
         factors = _factors(all_reduce(squares, shards), to_device(torch.tensor(matrices.sizes), device)).to(dtype)
         (kernels.scale if kernels else _scale)(matrices.pieces, factors)
@@ -117,6 +121,7 @@ def _factors(squares: Tensor, sizes: Tensor) -> Tensor:
         squares: the sums of all matrices' rows and columns, end to end.
         sizes: how many belong together.
     """
-    means = torch.segment_reduce(squares, "mean", lengths=sizes).clamp(min=torch.finfo(squares.dtype).tiny)
+    means = torch.segment_reduce(squares, "mean", lengths=sizes, unsafe=True)  # checks would wait for the device
+    means = means.clamp(min=torch.finfo(squares.dtype).tiny)
     relative = squares / means.repeat_interleave(sizes, output_size=len(squares))
     return relative.clamp(min=SMALLEST).rsqrt()

@@ -183,7 +183,8 @@ class TrainableOptimizer(StatefulOptimizer):
 
     def _step_members(self, work: Sequence[tuple[Group, list[Member]]]) -> None:
         """Move these weights, and count the step."""
-        equalize_(work, [shape for known in self._given for shape in known.shapes])
+        if any(group["grad_scale"] == "factored" for group, _ in work):
+            equalize_(work, [shape for known in self._given for shape in known.shapes])
         may_skip = any(group["skip_nonfinite"] for group, _ in work)
         parts = [part for group, members in work for part in self._parts(group, members, may_skip)]
         self._diagnostics.expect(member for _, members in work for member in members)
