@@ -147,6 +147,34 @@ def test_a_name_gives_its_class_with_the_recommended_options(
     assert args.learning_rate == recommended_learning_rate(model) == 3 * RATE  # one of four layers
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_and_the_head_are_scaled_by_their_own_size_alone(
+    llama: Path, tied_llama: Path, tmp_path: Path, tied: bool
+) -> None:
+    """In a group of their own, with all the options of the one that they were in; nothing moves twice or not at all."""
+    everything = AutoModelForCausalLM.from_pretrained(tied_llama if tied else llama)
+    args = arguments(TOTrainingArguments, tmp_path, optim_args="alpha=0.7", weight_decay=0.2)
+    optimizer = unwrapped(TOTrainer(everything, args, train_dataset=rows()).create_optimizer())
+    decayed, apart, vectors = optimizer.param_groups
+    embeddings = {everything.get_input_embeddings().weight, everything.get_output_embeddings().weight}
+    assert set(apart["params"]) == embeddings
+    assert len(embeddings) == (1 if tied else 2)
+    options = [{key: value for key, value in group.items() if key != "params"} for group in (decayed, apart)]
+    assert options[0] == {**options[1], "grad_scale": "factored"}
+    assert (options[1]["grad_scale"], options[1]["alpha"], options[1]["weight_decay"]) == ("rms", 0.7, 0.2)
+    assert all(p.dim() == 1 for p in vectors["params"])
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    assert len(stepped) == len(set(stepped)) == len(list(everything.parameters()))
+
+
+@pytest.mark.parametrize("optim_args", [None, "grad_scale=rms"])
+def test_without_them_there_are_hugging_faces_groups(
+    model: PreTrainedModel, tmp_path: Path, optim_args: str | None
+) -> None:
+    trainer = TOTrainer(model, arguments(TOTrainingArguments, tmp_path, optim_args=optim_args), train_dataset=rows())
+    assert len(unwrapped(trainer.create_optimizer()).param_groups) == 2
+
+
 def wide_llama(width: int) -> PreTrainedModel:
     """A Llama of this width, on no device."""
     config = LlamaConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=4, vocab_size=50)

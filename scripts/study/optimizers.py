@@ -48,8 +48,7 @@ class IdeaTO(Optimizer):
             rate beta, instead of w. While w hardly moves, ``a w`` and b cannot be told apart; ``a (w - c)`` and b can.
         rows: alpha is relative to the mean square of a weight's row instead of its tensor.
         scale: "rows" divides each row of the gradient by its own rms, "factored" each element by the geometric mean of
-            its row's and its column's, ``sqrt(row * column) / tensor``-wise as Adafactor does, but of this gradient
-            alone and so without state.
+            its row's and its column's, of embeddings too.
         warm: beta is ``max(beta, 1/(t + 1))`` in step t = 0, 1, ..., so that the estimate is a mean from the start.
         momentum: the step is taken along a running mean of G with this factor.
         clip: the residual is clipped to so many times its tensor's rms.

@@ -81,7 +81,8 @@ class TrainableOptimizer(StatefulOptimizer):
             grad_scale: (ours) "rms" divides each tensor's gradient by its own root mean square first, so that
                 lr, alpha and beta mean the same for every tensor and model. "factored" makes the rows of a matrix
                 weigh alike first, and its columns (`to_finetune.optim.factored`), in ``p.grad`` itself, as clipping
-                does; weight decay must then be decoupled.
+                does; weight decay must then be decoupled. It is for hidden layers: an embedding or an output head
+                wants "rms" in a group of its own, as our Trainer has it, or tokens that hardly occur move too far.
             maximize: ascend instead of descend.
             foreach: update all tensors together with torch's multi-tensor operations. None: on CUDA where the fused
                 kernels are missing. DiagonalTO only: the other two are sums over blocks, which torch has no

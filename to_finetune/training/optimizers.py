@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from to_finetune.errors import UsageError, did_you_mean
 from to_finetune.optim import DiagonalTO, FullTO, RankOneTO, TrainableOptimizer
@@ -54,6 +55,26 @@ def recommended_learning_rate(model: nn.Module) -> float:
     is_adapter = any("lora_" in name for name in trained)
     rate = ADAPTER_RATE if is_adapter else RATE / max(sum(trained.values()) / sum(sizes.values()), 1 / 3)
     return float(f"{rate * min(1.0, (MEASURED_WIDTH / width) ** 1.5):.2g}")
+
+
+def with_embeddings_apart(optimizer: TrainableOptimizer, model: nn.Module) -> TrainableOptimizer:
+    """The same, new one, but for embeddings and output heads with "rms" where `grad_scale` is "factored".
+
+    A batch has few of a vocabulary's tokens. Were all rows to weigh alike, those of the others would move as far.
+    """
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if isinstance(model, PreTrainedModel) and (head := model.get_output_embeddings()) is not None:
+        modules.append(head)
+    embeddings = {p for module in modules for p in module.parameters(recurse=False)}
+    groups = []
+    for group in optimizer.param_groups:
+        apart = [p for p in group["params"] if group["grad_scale"] == "factored" and p in embeddings]
+        groups.append({**group, "params": [p for p in group["params"] if p not in set(apart)]})
+        if apart:
+            groups.append({**group, "params": apart, "grad_scale": "rms"})
+    if len(groups) == len(optimizer.param_groups):
+        return optimizer
+    return type(optimizer)(groups, **optimizer.defaults)
 
 
 def optimizer_options(name: str, optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:

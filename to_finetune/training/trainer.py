@@ -30,7 +30,7 @@ from to_finetune.optim.checkpoint import load_state, load_weights, save_state, w
 from to_finetune.training.arguments import TrainableOptimizerArguments
 from to_finetune.training.callbacks import ShortBackward
 from to_finetune.training.launch import check_clipping, check_layout
-from to_finetune.training.optimizers import OPTIMIZERS, recommended_learning_rate
+from to_finetune.training.optimizers import OPTIMIZERS, recommended_learning_rate, with_embeddings_apart
 from to_finetune.training.proofs import EngagementProofs, unwrapped
 
 STATE_NAME = "to_state"  # folder in a checkpoint
@@ -63,6 +63,14 @@ class TrainableOptimizerMixin(_Base):
         self.engagement = EngagementProofs(expected if is_class else None)
         self.add_callback(self.engagement)
         self.add_callback(ShortBackward())
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
+        """Hugging Face's, with a TO's groups as `with_embeddings_apart` has them."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and isinstance(optimizer, TrainableOptimizer):
+            self.optimizer = optimizer = with_embeddings_apart(optimizer, self.model)
+        return optimizer
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
