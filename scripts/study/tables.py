@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 
 FIRST = 0.2  # of the steps: the speed of the start
 REFERENCE = "adamw"
-DRAWN = ("adamw", "momentum_rms", "diagonal_to", "rank_one_to", "muon", "lion")
+DRAWN = ("adamw", "diagonal_to_factored", "diagonal_to", "momentum_rms", "rank_one_to", "muon")
 Run = dict[str, Any]
 
 
