@@ -72,24 +72,24 @@ EXACT = "relative_alpha=False,grad_scale=None"
 METHODS = {
     "adamw": Method("AdamW", "adamw_torch", 3e-3),
     "diagonal_to_default": Method("Diagonal TO, untuned", "diagonal_to", None),
-    "momentum_rms": Method("Momentum, rms gradients", "diagonal_to", 6e-3, "alpha=0.0,grad_scale=rms"),
-    "diagonal_to": Method("Diagonal TO, both options", "diagonal_to", 6e-3, "grad_scale=rms"),
-    "rank_one_to": Method("RankOne TO, both options", "rank_one_to", 6e-3, "grad_scale=rms"),
     "diagonal_to_factored": Method("Diagonal TO, factored", "diagonal_to", 6e-3, "grad_scale=factored"),
+    "diagonal_to": Method("Diagonal TO, rms", "diagonal_to", 6e-3, "grad_scale=rms"),
     "momentum_factored": Method("Momentum, factored", "diagonal_to", 6e-3, "alpha=0.0,grad_scale=factored"),
+    "momentum_rms": Method("Momentum, rms", "diagonal_to", 6e-3, "alpha=0.0,grad_scale=rms"),
     "rank_one_to_factored": Method("RankOne TO, factored", "rank_one_to", 6e-3, "grad_scale=factored"),
+    "rank_one_to": Method("RankOne TO, rms", "rank_one_to", 6e-3, "grad_scale=rms"),
     "sgd": Method("SGD with momentum", "sgd", 0.1, "momentum=0.9"),
     "adafactor": Method("Adafactor", "adafactor", 3e-3),
     "lion": Method("Lion", "lion_32bit", 3e-4),
     "muon": Method("Muon", "muon", 3e-3),
     "diagonal_to_exact": Method("Diagonal TO, the paper's", "diagonal_to", 1.0, f"alpha=0.1,gamma_max=None,{EXACT}"),
-    "diagonal_to_relative": Method("Diagonal TO, relative alpha", "diagonal_to", 1.0, "grad_scale=None"),
-    "diagonal_to_rms": Method("Diagonal TO, rms gradients", "diagonal_to", 6e-3, "relative_alpha=False,grad_scale=rms"),
+    "diagonal_to_relative": Method("Diagonal TO, relative alpha alone", "diagonal_to", 1.0, "grad_scale=None"),
+    "diagonal_to_rms": Method("Diagonal TO, rms alone", "diagonal_to", 6e-3, "relative_alpha=False,grad_scale=rms"),
     "rank_one_to_exact": Method(
         "RankOne TO, the paper's", "rank_one_to", 1.0, f"alpha=0.01,gamma_max=None,scope=group,{EXACT}"
     ),
-    "rank_one_to_relative": Method("RankOne TO, relative alpha", "rank_one_to", 1.0, "grad_scale=None"),
-    "rank_one_to_rms": Method("RankOne TO, rms gradients", "rank_one_to", 6e-3, "relative_alpha=False,grad_scale=rms"),
+    "rank_one_to_relative": Method("RankOne TO, relative alpha alone", "rank_one_to", 1.0, "grad_scale=None"),
+    "rank_one_to_rms": Method("RankOne TO, rms alone", "rank_one_to", 6e-3, "relative_alpha=False,grad_scale=rms"),
 }
 IDEAS: dict[str, dict[str, Any]] = {  # options of `IdeaTO`
     "centred on the start": {"centre": "start"},

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.ticker import NullLocator
 from scipy.stats import ttest_rel
-from study import CELLS, METHODS, ON_GPU, RESULTS, SEEDS, TUNING_SEED
+from study import CELLS, IDEAS, METHODS, ON_GPU, RESULTS, SEEDS, TUNING_SEED
 
 from to_finetune.files import write_whole
 from to_finetune.report.plot import COLOURS
@@ -88,8 +88,9 @@ def measured(run: Run, measure: str) -> float | None:
 
 
 def tables(cells: dict[str, dict[str, Judged]]) -> list[str]:
-    """Markdown: the held-out losses of all cells beside AdamW's, then a table of each cell."""
+    """Markdown: the held-out losses of all cells beside AdamW's, then a table of each cell, which has the ideas too."""
     methods = [method for method in METHODS if any(method in found for found in cells.values())]
+    methods = [method for method in methods if method not in IDEAS]
     summary = [
         "| held-out loss | " + " | ".join(METHODS[method].title for method in methods) + " |",
         "|---|" + "---:|" * len(methods),
