@@ -69,7 +69,7 @@ def _call_on_pieces(function: str, pieces: Pieces, numbers: Tensor) -> None:
     if pieces:
         about = [(grad.data_ptr(), len(grad), grad.shape[1:].numel(), row, column) for grad, row, column in pieces]
         table, threads = torch.tensor(about), torch.get_num_threads()
-        format_ = FORMATS[pieces[0].grad.dtype]
+        format_ = FORMATS[pieces[0][0].dtype]
         library()[function](format_, ctypes.c_int64(len(pieces)), _address(table), _address(numbers), threads)
 
 
