@@ -436,11 +436,11 @@ def test_its_config_repeats_a_run_of_adapters(runs: dict[str, Run], tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["lora", "4bit"])
 def test_the_best_model_is_loaded_at_the_end(finetune: Finetune, tmp_path: Path, name: str) -> None:
-    """At a rate that makes it worse from the second step on."""
+    """At a rate that makes it worse again before the end."""
     run = finetune(
         tmp_path / "run",
         **RUNS[name],
-        learning_rate=2.0,
+        learning_rate=1.0,
         val_set_size=6,
         save_strategy="steps",
         save_steps=1,

@@ -167,7 +167,7 @@ def test_every_number_on_the_card_is_the_records(folder: Path, run: Run) -> None
     share = f"{LAYER_WEIGHTS / subset['total_weights']:.1%}"
     assert f"- {LAYER_WEIGHTS:,} of {subset['total_weights']:,} weights ({share}), in 9 tensors\n" in text
     assert "- unfrozen_parameters: `layers\\.3\\.`\n" in text
-    options = "alpha 0.2, beta 0.15, relative_alpha True, grad_scale rms, decoupled_weight_decay True"
+    options = "alpha 0.2, beta 0.15, relative_alpha True, grad_scale factored, decoupled_weight_decay True"
     assert f"- optimizer: `diagonal_to`, learning rate 0.01, {options}\n" in text
     assert f"4 steps, {results['train_seconds']:.0f} seconds, 1 process.\n" in text
     for package, version in run.record["versions"].items():

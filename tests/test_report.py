@@ -740,7 +740,7 @@ def test_a_run_ends_with_its_page(finished: Run) -> None:
 def test_the_slopes_file_is_the_optimizers_state(finished: Run) -> None:
     optimizer, model = finished.trainer.optimizer.optimizer, finished.trainer.model
     content = json.loads((finished.folder / "slopes.json").read_text())
-    assert (content["form"], content["grad_scale"], content["steps"]) == ("diagonal", "rms", [1, 2, 3, 4])
+    assert (content["form"], content["grad_scale"], content["steps"]) == ("diagonal", "factored", [1, 2, 3, 4])
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert content["tensors"].keys() == trained.keys()
     for name, p in trained.items():
