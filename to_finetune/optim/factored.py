@@ -18,7 +18,7 @@ from torch import Tensor
 
 from to_finetune.optim.blocks import to_device
 from to_finetune.optim.kernels.batch import FORMATS
-from to_finetune.optim.kernels.fused import kernels_for
+from to_finetune.optim.kernels.fused import kernels_for, may_fuse
 from to_finetune.optim.rules import accumulator
 from to_finetune.optim.sharding import Member, Shards, all_reduce
 
@@ -62,14 +62,13 @@ def equalize_(work: Sequence[tuple[Mapping[str, Any], list[Member]]], shapes: Se
     """
     alike: dict[tuple[Shards, torch.device, torch.dtype, bool], Matrices] = {}
     for group, members in work:
-        may_fuse = group["fused"] is not False and not group["foreach"]
         for member in members if group["grad_scale"] == "factored" else ():
             rows, columns = shapes[member.position][:1].numel(), shapes[member.position][1:].numel()
             if len(shapes[member.position]) > 1:
-                kind = (member.shards, member.grad.device, member.grad.dtype, may_fuse)
+                kind = (member.shards, member.grad.device, member.grad.dtype, may_fuse(group))
                 alike.setdefault(kind, Matrices()).add(member, rows, columns)
-    for (shards, device, dtype, may_fuse), matrices in alike.items():
-        kernels = _kernels(matrices.pieces) if may_fuse and device.type == "cpu" and dtype in FORMATS else None
+    for (shards, device, dtype, is_fused), matrices in alike.items():
+        kernels = _kernels(matrices.pieces) if is_fused and device.type == "cpu" and dtype in FORMATS else None
         squares = torch.zeros(matrices.size, dtype=accumulator(device), device=device)
         (kernels.add_squares if kernels else _add_squares)(matrices.pieces, squares)
         factors = _factors(all_reduce(squares, shards), to_device(torch.tensor(matrices.sizes), device)).to(dtype)

@@ -210,7 +210,7 @@ class TrainableOptimizer(StatefulOptimizer):
         members = [member for member in members if member.p.numel() > 0]
         members, cut = edges.split(members, self.state_names)
         batches: list[Batch] = []
-        if "fused" in self.fast_paths and group["fused"] is not False and not group["foreach"]:
+        if "fused" in self.fast_paths and fused_path.may_fuse(group):
             batches, members = fused_path.split(self.variant, group, members, self.state_names, may_skip)
         plain: dict[tuple[Shards, bool], Part] = {}
         for those, are_edges in ((members, False), (cut, True)):

@@ -68,9 +68,11 @@ def with_embeddings_apart(optimizer: TrainableOptimizer, model: nn.Module) -> Tr
     embeddings = {p for module in modules for p in module.parameters(recurse=False)}
     groups = []
     for group in optimizer.param_groups:
-        apart = [p for p in group["params"] if group["grad_scale"] == "factored" and p in embeddings]
-        groups.append({**group, "params": [p for p in group["params"] if p not in set(apart)]})
-        if apart:
+        if group["grad_scale"] != "factored":
+            groups.append(group)
+            continue
+        groups.append({**group, "params": [p for p in group["params"] if p not in embeddings]})
+        if apart := [p for p in group["params"] if p in embeddings]:
             groups.append({**group, "params": apart, "grad_scale": "rms"})
     if len(groups) == len(optimizer.param_groups):
         return optimizer

@@ -229,10 +229,10 @@ def sweep(
     """
     base = _parse(flags)
     args = base[2]
-    settle_learning_rate(base[0], args)
     if trials < 1:
         raise UsageError(f"trials={trials} is not valid: at least 1.")
     _check_seeds(seeds)
+    settle_learning_rate(base[0], args)
     texts = search_texts(search, args)
     space = {key: distribution(key, text, args) for key, text in texts.items()}
     _check_values(space, flags, args)

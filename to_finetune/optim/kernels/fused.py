@@ -61,6 +61,11 @@ def kernels_for(device_type: str) -> ModuleType | None:
     return None
 
 
+def may_fuse(group: Mapping[str, Any]) -> bool:
+    """Whether a group allows these kernels."""
+    return group["fused"] is not False and not group["foreach"]
+
+
 def split(
     variant: str, group: Mapping[str, Any], members: list[Member], names: Sequence[str], may_skip: bool
 ) -> tuple[list[Batch], list[Member]]:
