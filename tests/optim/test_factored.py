@@ -61,7 +61,7 @@ def test_what_is_not_finite_stays_so(dtype: torch.dtype, value: float) -> None:
     def equalized(grad: Tensor, add_squares: object, scale: object) -> Tensor:
         sums = torch.zeros(9, dtype=torch.float64)
         add_squares([Piece(grad, 0, 4)], sums)  # type: ignore[operator]
-        scale([Piece(grad, 0, 4)], factored._factors(sums, torch.tensor([4, 5])).to(dtype))  # type: ignore[operator]
+        scale([Piece(grad, 0, 4)], factored._factors_(sums, torch.tensor([4, 5])).to(dtype))  # type: ignore[operator]
         return grad
 
     grad = torch.randn(4, 5).to(dtype)
@@ -70,3 +70,32 @@ def test_what_is_not_finite_stays_so(dtype: torch.dtype, value: float) -> None:
     fused = equalized(grad.clone(), cpu.add_squares, cpu.scale)
     assert plain[1, 2].isnan()
     assert torch.equal(plain.isnan(), fused.isnan())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_matrices_in_one_call_equal_the_plain_path(
+    dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large, small, rows of zeros, one row, one column, three dimensions, empty, all zeros, and not finite."""
+    from to_finetune.optim.kernels import cpu
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    shapes = [(700, 1201), (33, 65), (1, 9), (9, 1), (4, 3, 2), (0, 3), (3, 0), (5, 6), (5, 6)]
+    plain, sizes = [], []
+    for shape in shapes:
+        grad = torch.randn(shape).to(dtype)
+        grad[1::2] *= 1e-6
+        at = sum(sizes)
+        sizes += [shape[0], grad.shape[1:].numel()]
+        plain.append(Piece(grad, at, at + shape[0]))
+    plain[1].grad[3] = 0
+    plain[7].grad.zero_()
+    plain[8].grad[2, 4] = torch.inf
+    fused = clones(plain)
+    squares = torch.zeros(sum(sizes), dtype=torch.float64)
+    factored._add_squares(plain, squares)
+    factored._scale(plain, factored._factors_(squares, torch.tensor(sizes)).to(dtype))
+    cpu.equalize(fused)
+    for one, other in zip(plain, fused, strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=torch.finfo(dtype).eps, atol=0, equal_nan=True)

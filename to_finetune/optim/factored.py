@@ -60,18 +60,22 @@ def equalize_(work: Sequence[tuple[Mapping[str, Any], list[Member]]], shapes: Se
         work: the groups and all their members, also those without a weight on this process, which add nothing.
         shapes: of all parameters that the optimizer was given; of more than two dimensions the first one is the rows.
     """
-    alike: dict[tuple[Shards, torch.device, torch.dtype, bool], Matrices] = {}
+    alike: dict[tuple[Shards, bool, torch.device, torch.dtype, bool], Matrices] = {}
     for group, members in work:
         for member in members if group["grad_scale"] == "factored" else ():
             rows, columns = shapes[member.position][:1].numel(), shapes[member.position][1:].numel()
             if len(shapes[member.position]) > 1:
-                kind = (member.shards, member.grad.device, member.grad.dtype, may_fuse(group))
+                is_whole = not member.shards and member.grad.numel() == member.numel
+                kind = (member.shards, is_whole, member.grad.device, member.grad.dtype, may_fuse(group))
                 alike.setdefault(kind, Matrices()).add(member, rows, columns)
-    for (shards, device, dtype, is_fused), matrices in alike.items():
+    for (shards, is_whole, device, dtype, is_fused), matrices in alike.items():
         kernels = _kernels(matrices.pieces) if is_fused and device.type == "cpu" and dtype in FORMATS else None
+        if kernels and is_whole:
+            kernels.equalize(matrices.pieces)
+            continue
         squares = torch.zeros(matrices.size, dtype=accumulator(device), device=device)
         (kernels.add_squares if kernels else _add_squares)(matrices.pieces, squares)
-        factors = _factors(all_reduce(squares, shards), to_device(torch.tensor(matrices.sizes), device)).to(dtype)
+        factors = _factors_(all_reduce(squares, shards), to_device(torch.tensor(matrices.sizes), device)).to(dtype)
         (kernels.scale if kernels else _scale)(matrices.pieces, factors)
 
 
@@ -113,14 +117,14 @@ def _scale(pieces: Sequence[Piece], factors: Tensor) -> None:
         grad.mul_(factors[column : column + grad.shape[1:].numel()].view(grad.shape[1:]))
 
 
-def _factors(squares: Tensor, sizes: Tensor) -> Tensor:
+def _factors_(squares: Tensor, sizes: Tensor) -> Tensor:
     """One over the root mean square of each row, and of each column, in units of the whole matrix's.
 
     Args:
-        squares: the sums of all matrices' rows and columns, end to end.
+        squares: the sums of all matrices' rows and columns, end to end; the factors are written there.
         sizes: how many belong together.
     """
     means = torch.segment_reduce(squares, "mean", lengths=sizes, unsafe=True)  # checks would wait for the device
-    means = means.clamp(min=torch.finfo(squares.dtype).tiny)
-    relative = squares / means.repeat_interleave(sizes, output_size=len(squares))
-    return relative.clamp(min=SMALLEST).rsqrt()
+    means.clamp_(min=torch.finfo(squares.dtype).tiny)
+    squares /= means.repeat_interleave(sizes, output_size=len(squares))
+    return squares.clamp_(min=SMALLEST).rsqrt_()

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <thread>
 #include <vector>
 
@@ -20,6 +21,7 @@
 namespace {
 
 constexpr float SMALLEST_DIVISOR = 1e-30f;  // as in rules.py
+constexpr double SMALLEST_SQUARE = 1e-8;    // as in factored.py
 constexpr int64_t CHUNK = 1 << 17;          // weights that a thread takes at a time
 constexpr int64_t SMALL = 1 << 18;          // a tensor of at most this many stays in the cache between two passes
 constexpr int TILE = 2048;                  // weights that stay in the cache between two loops over them
@@ -632,41 +634,128 @@ void over_rows(const std::vector<Rows>& chunks, int threads, Work work) {
   run_on(int(std::min<size_t>(threads, chunks.size())), take);
 }
 
-template <class T>
-void add_squares(const Rows& chunk, double* of_rows, double* of_columns) {
-  const int64_t n = chunk.of->columns;
-  for (int64_t i = chunk.low; i < chunk.high; ++i) {
-    const T* g = static_cast<const T*>(chunk.of->g) + i * n;
-    double of_row = 0;
-#pragma omp simd reduction(+ : of_row)
-    for (int64_t j = 0; j < n; ++j) {
-      double square = get(g[j]);
-      square *= square;
-      of_row += square;
+inline float4 four(const float* x) {
+  float4 p;
+  std::memcpy(&p, x, sizeof p);
+  return p;
+}
+
+inline float4 four(const bfloat16* x) {
+#ifdef __AVX__  // one instruction, for which GCC 12 makes several
+  return (float4)((int4)_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)x)) << 16);
+#else
+  return float4{get(x[0]), get(x[1]), get(x[2]), get(x[3])};
+#endif
+}
+
+// ROWS rows at a time, so that the columns' sums are read and written less often.
+template <int ROWS, class T>
+void add_squares_of_rows(const T* g, int64_t n, double* of_rows, double* of_columns) {
+  double4 rows[ROWS] = {};
+  double rest[ROWS] = {};
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4) {
+    double4 column;
+    std::memcpy(&column, of_columns + j, sizeof column);
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) {
+      const double4 x = widen(four(g + i * n + j));
+      rows[i] = plus_product(rows[i], x, x);
+      column = plus_product(column, x, x);
+    }
+    std::memcpy(of_columns + j, &column, sizeof column);
+  }
+  for (; j < n; ++j)
+    for (int i = 0; i < ROWS; ++i) {
+      const double x = get(g[i * n + j]), square = x * x;
+      rest[i] += square;
       of_columns[j] += square;
     }
-    of_rows[i] += of_row;
-  }
-}
-
-inline void set(float& to, float x) { to = x; }
-inline void set(bfloat16& to, float x) {  // to the nearest, ties to even
-  const uint32_t bits = as_bits(x);
-  to = bfloat16((x == x ? bits + 0x7fffu + (bits >> 16 & 1u) : bits | 0x400000u) >> 16);
+  for (int i = 0; i < ROWS; ++i) of_rows[i] += total(rows[i]) + rest[i];
 }
 
 template <class T>
-void scale(const Rows& chunk, const float* of_rows, const float* of_columns) {
+void add_squares_of(const Rows& chunk, double* of_rows, double* of_columns) {
+  const int64_t n = chunk.of->columns;
+  const T* g = static_cast<const T*>(chunk.of->g);
+  int64_t i = chunk.low;
+  for (; i + 4 <= chunk.high; i += 4) add_squares_of_rows<4>(g + i * n, n, of_rows + i, of_columns);
+  for (; i < chunk.high; ++i) add_squares_of_rows<1>(g + i * n, n, of_rows + i, of_columns);
+}
+
+void add_squares(Format format, const Rows& chunk, double* of_rows, double* of_columns) {
+  format == FLOAT32 ? add_squares_of<float>(chunk, of_rows, of_columns)
+                    : add_squares_of<bfloat16>(chunk, of_rows, of_columns);
+}
+
+// Pieces' squares, added to those of their rows and columns; the chunks' columns in order, whatever the threads.
+void add_all_squares(Format format, int64_t count, const Piece* pieces, double* sums, int threads) {
+  const std::vector<Rows> chunks = in_rows(count, pieces);
+  std::vector<std::vector<double>> columns(chunks.size());
+  over_rows(chunks, threads, [&](size_t k) {
+    columns[k].resize(chunks[k].of->columns);
+    add_squares(format, chunks[k], sums + chunks[k].of->row, columns[k].data());
+  });
+  for (size_t k = 0; k < chunks.size(); ++k)
+    for (size_t j = 0; j < columns[k].size(); ++j) sums[chunks[k].of->column + int64_t(j)] += columns[k][j];
+}
+
+// Rounded to the gradient's format, to the nearest, ties to even; NaN that comes from bfloat16 stays NaN.
+template <class T>
+inline float nearest(float x) {
+  if constexpr (sizeof(T) == 4) return x;
+  const uint32_t bits = as_bits(x);
+  return as_float((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
+}
+
+inline void put(float& to, float x) { to = x; }
+inline void put(bfloat16& to, float x) { to = bfloat16(as_bits(x) >> 16); }
+
+template <class T>
+void scale_by(const Rows& chunk, const float* of_rows, const float* of_columns) {
   const int64_t n = chunk.of->columns;
   for (int64_t i = chunk.low; i < chunk.high; ++i) {
     T* g = static_cast<T*>(chunk.of->g) + i * n;
     const float of_row = of_rows[i];
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-      set(g[j], get(g[j]) * of_row);
-      set(g[j], get(g[j]) * of_columns[j]);
-    }
+    for (int64_t j = 0; j < n; ++j) put(g[j], nearest<T>(nearest<T>(get(g[j]) * of_row) * of_columns[j]));
   }
+}
+
+void scale(Format format, const Rows& chunk, const float* of_rows, const float* of_columns) {
+  format == FLOAT32 ? scale_by<float>(chunk, of_rows, of_columns) : scale_by<bfloat16>(chunk, of_rows, of_columns);
+}
+
+void scale_all(Format format, int64_t count, const Piece* pieces, const float* factors, int threads) {
+  const std::vector<Rows> chunks = in_rows(count, pieces);
+  over_rows(chunks, threads, [&](size_t k) {
+    const Piece& piece = *chunks[k].of;
+    scale(format, chunks[k], factors + piece.row, factors + piece.column);
+  });
+}
+
+// From the sums of squares of a matrix's rows, or of its columns, to their factors: factored._factors_.
+template <class T>
+void factors_of(const double* squares, int64_t n, float* factors) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += squares[i];
+  double mean = sum / double(n);
+  mean = mean < std::numeric_limits<double>::min() ? std::numeric_limits<double>::min() : mean;
+  for (int64_t i = 0; i < n; ++i) {
+    double x = squares[i] / mean;
+    x = x < SMALLEST_SQUARE ? SMALLEST_SQUARE : x;
+    factors[i] = nearest<T>(float(1 / std::sqrt(x)));
+  }
+}
+
+// A matrix's factors, in the gradient's own format.
+std::vector<float> factors_of(Format format, const Piece& matrix, const double* squares) {
+  std::vector<float> factors(matrix.rows + matrix.columns);
+  const auto of = format == FLOAT32 ? factors_of<float> : factors_of<bfloat16>;
+  of(squares, matrix.rows, factors.data());
+  of(squares + matrix.rows, matrix.columns, factors.data() + matrix.rows);
+  return factors;
 }
 
 }  // namespace
@@ -693,27 +782,40 @@ void update(int32_t variant, int32_t weight, int32_t gradient, int32_t state, in
   });
 }
 
-// Adds up the squares of each row and column; the chunks' columns in order, whatever the threads.
+// Adds the squares of pieces to the sums of all rows and columns.
 void add_row_and_column_squares(int32_t format, int64_t count, const Piece* pieces, double* sums, int32_t threads) {
-  const std::vector<Rows> chunks = in_rows(count, pieces);
-  std::vector<std::vector<double>> columns(chunks.size());
-  over_rows(chunks, threads, [&](size_t k) {
-    columns[k].resize(chunks[k].of->columns);
-    double* of_rows = sums + chunks[k].of->row;
-    format == FLOAT32 ? add_squares<float>(chunks[k], of_rows, columns[k].data())
-                      : add_squares<bfloat16>(chunks[k], of_rows, columns[k].data());
-  });
-  for (size_t k = 0; k < chunks.size(); ++k)
-    for (size_t j = 0; j < columns[k].size(); ++j) sums[chunks[k].of->column + int64_t(j)] += columns[k][j];
+  add_all_squares(Format(format), count, pieces, sums, threads);
 }
 
+// Multiplies pieces by their rows' and columns' factors.
 void scale_rows_and_columns(int32_t format, int64_t count, const Piece* pieces, const float* factors, int32_t threads) {
-  const std::vector<Rows> chunks = in_rows(count, pieces);
-  over_rows(chunks, threads, [&](size_t k) {
-    const float *of_rows = factors + chunks[k].of->row, *of_columns = factors + chunks[k].of->column;
-    format == FLOAT32 ? scale<float>(chunks[k], of_rows, of_columns)
-                      : scale<bfloat16>(chunks[k], of_rows, of_columns);
-  });
+  scale_all(Format(format), count, pieces, factors, threads);
+}
+
+// Both of whole matrices, one after the other, so that a small one is read from memory once and by one thread.
+void equalize(int32_t format, int64_t count, const Piece* matrices, int32_t threads) {
+  const Format kind = Format(format);
+  auto is_small = [](const Piece& matrix) { return matrix.rows * matrix.columns <= SMALL; };
+  std::atomic<int64_t> next{0};
+  auto take = [&] {
+    for (int64_t k; (k = next++) < count;) {
+      const Piece& matrix = matrices[k];
+      if (!is_small(matrix)) continue;
+      const Rows rows{&matrix, 0, matrix.rows};
+      std::vector<double> squares(matrix.rows + matrix.columns);
+      add_squares(kind, rows, squares.data(), squares.data() + matrix.rows);
+      const std::vector<float> factors = factors_of(kind, matrix, squares.data());
+      scale(kind, rows, factors.data(), factors.data() + matrix.rows);
+    }
+  };
+  run_on(int(std::min<int64_t>(threads, count)), take);
+  for (const Piece* matrix = matrices; matrix < matrices + count; ++matrix) {
+    if (is_small(*matrix)) continue;
+    const Piece alone{matrix->g, matrix->rows, matrix->columns, 0, matrix->rows};
+    std::vector<double> squares(matrix->rows + matrix->columns);
+    add_all_squares(kind, 1, &alone, squares.data(), threads);
+    scale_all(kind, 1, &alone, factors_of(kind, alone, squares.data()).data(), threads);
+  }
 }
 
 // Both passes where each tensor is a block of its own, tensor by tensor: what the cache holds of it is read once. Small

@@ -65,12 +65,17 @@ def scale(pieces: Pieces, factors: Tensor) -> None:
     _call_on_pieces("scale_rows_and_columns", pieces, factors.float())
 
 
-def _call_on_pieces(function: str, pieces: Pieces, numbers: Tensor) -> None:
+def equalize(matrices: Pieces) -> None:
+    """All of `factored.equalize_`, in place, for whole contiguous matrices of one format."""
+    _call_on_pieces("equalize", matrices)
+
+
+def _call_on_pieces(function: str, pieces: Pieces, *numbers: Tensor) -> None:
     if pieces:
         about = [(grad.data_ptr(), len(grad), grad.shape[1:].numel(), row, column) for grad, row, column in pieces]
         table, threads = torch.tensor(about), torch.get_num_threads()
-        format_ = FORMATS[pieces[0][0].dtype]
-        library()[function](format_, ctypes.c_int64(len(pieces)), _address(table), _address(numbers), threads)
+        arrays = (_address(x) for x in (table, *numbers))
+        library()[function](FORMATS[pieces[0][0].dtype], ctypes.c_int64(len(pieces)), *arrays, threads)
 
 
 def _call(function: str, batch: Batch, scalars: Tensor, weights: bool, *more: Any) -> Tensor:
