@@ -24,21 +24,30 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from to_finetune.optim.kernels import gpu
 
-POINTERS = {"table": "*i64", "scalars": "*fp32", "chunks": "*i32", "partial": "*fp64", "skip": "*i1"}
+def compile(kernel, pointers, **options):
+    source = ASTSource(
+        fn=kernel,
+        signature=pointers | dict.fromkeys(options, "constexpr"),
+        constexprs={(kernel.arg_names.index(name),): value for name, value in options.items()},
+    )
+    target = GPUTarget("cuda", int(sys.argv[1]), 32)
+    built = triton.compile(source, target=target, options={"num_warps": gpu.WARPS, "enable_fp_fusion": False})
+    ptx = built.asm["ptx"]
+    wide, fused = len(re.findall(r"ld\\.global[.\\w]*\\.v4", ptx)), len(re.findall(r"fma\\.rn\\.f32", ptx))
+    print(kernel.__name__, wide, fused, len(built.asm["cubin"]))
+
+batch = {"table": "*i64", "scalars": "*fp32", "chunks": "*i32", "partial": "*fp64", "skip": "*i1"}
 for kernel in (gpu._reduce, gpu._update):
     for rank_one, weight, state in ((False, 0, 0), (True, 0, 0), (True, 1, 1), (False, 1, 2)):
-        options = dict(HAS_SKIP=True, RANK_ONE=rank_one, WEIGHT=weight, GRADIENT=weight, STATE=state)
-        options |= dict(WEIGHTS_TOO=True, ALIGNED=True, TILES=gpu.TILES)
-        source = ASTSource(
-            fn=kernel,
-            signature=POINTERS | dict.fromkeys(options, "constexpr"),
-            constexprs={(kernel.arg_names.index(name),): value for name, value in options.items()},
-        )
-        target = GPUTarget("cuda", int(sys.argv[1]), 32)
-        built = triton.compile(source, target=target, options={"num_warps": gpu.WARPS, "enable_fp_fusion": False})
-        ptx = built.asm["ptx"]
-        wide, fused = len(re.findall(r"ld\\.global[.\\w]*\\.v4", ptx)), len(re.findall(r"fma\\.rn\\.f32", ptx))
-        print(kernel.__name__, wide, fused, len(built.asm["cubin"]))
+        formats = dict(WEIGHT=weight, GRADIENT=weight, STATE=state)
+        more = dict(WEIGHTS_TOO=True, ALIGNED=True, TILES=gpu.TILES)
+        compile(kernel, batch, HAS_SKIP=True, RANK_ONE=rank_one, **formats, **more)
+pieces = {"table": "*i64", "programs": "*i32"}
+for gradient, factor in ((0, "*fp32"), (1, "*bf16")):
+    more = dict(GRADIENT=gradient, ALIGNED=True, HIGH=gpu.HIGH, WIDE=gpu.WIDE)
+    compile(gpu._scale, pieces | {"factors": factor}, **more)
+    for of_columns in (False, True):
+        compile(gpu._add_squares, pieces | {"sums": "*fp64"}, OF_COLUMNS=of_columns, **more)
 """
 
 
@@ -51,7 +60,7 @@ def test_the_kernels_compile_for_gpus(capability: int) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 8
+    assert len(lines) == 14
     for _, wide, fused, size in lines:
         assert int(wide) >= 2  # none where the compiler does not know the addresses to be aligned
         assert int(fused) == 0
@@ -95,8 +104,8 @@ def test_a_gpu_gives_the_weights_of_the_cpu(variant: str, name: str, dtype: torc
 @pytest.mark.parametrize("variant", ["diagonal", "rank_one"])
 def test_a_step_on_a_gpu_never_waits_for_it(variant: str) -> None:
     """Also when it may be skipped; but for the first one, which makes the state."""
-    params = [Parameter(torch.randn(1000, device="cuda"))]
-    optimizer = OPTIMIZERS[variant](params, skip_nonfinite=True, relative_alpha=True, grad_scale="rms")
+    params = [Parameter(torch.randn(30, 40, device="cuda"))]
+    optimizer = OPTIMIZERS[variant](params, skip_nonfinite=True, relative_alpha=True, grad_scale="factored")
     for t in range(3):
         params[0].grad = torch.randn_like(params[0])
         torch.cuda.set_sync_debug_mode("error" if t else "default")
@@ -107,16 +116,16 @@ def test_a_step_on_a_gpu_never_waits_for_it(variant: str) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("options", [{}, {"relative_alpha": True, "grad_scale": "rms", "state_dtype": torch.int8}])
+@pytest.mark.parametrize("options", [{}, {"relative_alpha": True, "grad_scale": "factored", "state_dtype": torch.int8}])
 @pytest.mark.parametrize("variant", ["diagonal", "rank_one"])
 def test_a_cuda_graph_replays_the_step(variant: str, options: dict[str, Any]) -> None:
     """With counts, a schedule, and an lr that changes between replays."""
-    graphed, plain = ([Parameter(torch.ones(5000, device="cuda"))] for _ in range(2))
+    graphed, plain = ([Parameter(torch.ones(50, 100, device="cuda"))] for _ in range(2))
     lr = torch.tensor(0.1, device="cuda")
     schedule: dict[str, Any] = {"schedule": "theorem", "t0": 3.0}
     captured = OPTIMIZERS[variant](graphed, lr=lr, capturable=True, **schedule, **options)
     other = OPTIMIZERS[variant](plain, lr=0.1, **schedule, **options)
-    graphed[0].grad = torch.randn(5000, device="cuda")
+    graphed[0].grad = torch.randn(50, 100, device="cuda")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         captured.step()
@@ -129,7 +138,7 @@ def test_a_cuda_graph_replays_the_step(variant: str, options: dict[str, Any]) ->
     for rate in (0.1, 0.05, 0.02):
         lr.fill_(rate)
         other.param_groups[0]["lr"] = rate
-        graphed[0].grad.copy_(torch.randn(5000, device="cuda"))
+        graphed[0].grad.copy_(torch.randn(50, 100, device="cuda"))
         plain[0].grad.copy_(graphed[0].grad)
         graph.replay()
         other.step()

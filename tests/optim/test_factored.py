@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor
 
 from to_finetune.optim import factored
-from to_finetune.optim.factored import Piece
+from to_finetune.optim.kernels.batch import Piece
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+from .test_fast_paths import cpu, needs_compiler, triton
 
 
 def pieces(dtype: torch.dtype) -> tuple[list[Piece], int]:
     """Of a matrix that takes several chunks, one that is a run with cut rows, one column, one row, an empty one."""
     big = torch.randn(700, 1201).to(dtype)
     run = torch.randn(7 + 3 * 11 + 4).to(dtype)
-    cut = [Piece(run[:7].view(1, 7), 1904, 1913), Piece(run[7:40].view(3, 11), 1905, 1909)]
-    cut.append(Piece(run[40:].view(1, 4), 1908, 1909))
+    cut = [Piece(run[:7].view(1, 7), 1904, 1913), Piece(run[7:40].view(3, 11), 1905, 1909, turn=1)]
+    cut.append(Piece(run[40:].view(1, 4), 1908, 1909, turn=2))
     small = [Piece(torch.randn(5, 1).to(dtype), 1920, 1925), Piece(torch.randn(1, 2, 3).to(dtype), 1926, 1927)]
     return [Piece(big, 0, 700), *cut, *small, Piece(torch.zeros(0, 3, dtype=dtype), 1933, 1933)], 1936
 
@@ -28,58 +29,62 @@ def clones(of: list[Piece]) -> list[Piece]:
     return [piece._replace(grad=piece.grad.clone()) for piece in of]
 
 
+@pytest.fixture(params=[pytest.param(cpu, marks=needs_compiler), triton], ids=["cpp", "triton"])
+def kernels(request: pytest.FixtureRequest) -> ModuleType:
+    """Both sets of kernels, for CPU tensors."""
+    return request.param()  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_kernels_equal_the_plain_path(dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernels_equal_the_plain_path(
+    dtype: torch.dtype, threads: int, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sums to float64's rounding, the same for any number of threads; scaled gradients to the bit."""
-    from to_finetune.optim.kernels import cpu
-
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     plain, size = pieces(dtype)
     fused = clones(plain)
-    plain_sums, fused_sums, again = (torch.zeros(size, dtype=torch.float64) for _ in range(3))
+    plain_sums, fused_sums, again = (torch.ones(size, dtype=torch.float64) for _ in range(3))
     factored._add_squares(plain, plain_sums)
-    cpu.add_squares(fused, fused_sums)
+    kernels.add_squares(fused, fused_sums)
     torch.testing.assert_close(fused_sums, plain_sums, rtol=1e-13, atol=0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    cpu.add_squares(fused, again)
+    kernels.add_squares(fused, again)
     assert torch.equal(fused_sums, again)
 
     factors = (plain_sums + 0.1).rsqrt().to(dtype)
     factored._scale(plain, factors)
-    cpu.scale(fused, factors)
+    kernels.scale(fused, factors)
     for one, other in zip(plain, fused, strict=True):
         assert torch.equal(one.grad, other.grad)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_not_finite_stays_so(dtype: torch.dtype, value: float) -> None:
+def test_what_is_not_finite_stays_so(dtype: torch.dtype, value: float, kernels: ModuleType) -> None:
     """Its row and column have no size, and NaN says so to the guard."""
-    from to_finetune.optim.kernels import cpu
 
-    def equalized(grad: Tensor, add_squares: object, scale: object) -> Tensor:
+    def equalized(grad: Tensor, add_squares: Callable[..., None], scale: Callable[..., None]) -> Tensor:
         sums = torch.zeros(9, dtype=torch.float64)
-        add_squares([Piece(grad, 0, 4)], sums)  # type: ignore[operator]
-        scale([Piece(grad, 0, 4)], factored._factors_(sums, torch.tensor([4, 5])).to(dtype))  # type: ignore[operator]
+        add_squares([Piece(grad, 0, 4)], sums)
+        scale([Piece(grad, 0, 4)], factored._factors_(sums, torch.tensor([4, 5])).to(dtype))
         return grad
 
     grad = torch.randn(4, 5).to(dtype)
     grad[1, 2] = value
     plain = equalized(grad.clone(), factored._add_squares, factored._scale)
-    fused = equalized(grad.clone(), cpu.add_squares, cpu.scale)
+    fused = equalized(grad.clone(), kernels.add_squares, kernels.scale)
     assert plain[1, 2].isnan()
     assert torch.equal(plain.isnan(), fused.isnan())
 
 
+@needs_compiler
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whole_matrices_in_one_call_equal_the_plain_path(
     dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Large, small, rows of zeros, one row, one column, three dimensions, empty, all zeros, and not finite."""
-    from to_finetune.optim.kernels import cpu
-
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     shapes = [(700, 1201), (33, 65), (1, 9), (9, 1), (4, 3, 2), (0, 3), (3, 0), (5, 6), (5, 6)]
     plain, sizes = [], []
@@ -96,6 +101,6 @@ def test_whole_matrices_in_one_call_equal_the_plain_path(
     squares = torch.zeros(sum(sizes), dtype=torch.float64)
     factored._add_squares(plain, squares)
     factored._scale(plain, factored._factors_(squares, torch.tensor(sizes)).to(dtype))
-    cpu.equalize(fused)
+    cpu().equalize(fused)
     for one, other in zip(plain, fused, strict=True):
         torch.testing.assert_close(other.grad, one.grad, rtol=torch.finfo(dtype).eps, atol=0, equal_nan=True)

@@ -11,32 +11,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from to_finetune.optim.blocks import to_device
-from to_finetune.optim.kernels.batch import FORMATS
+from to_finetune.optim.kernels.batch import FORMATS, Piece
 from to_finetune.optim.kernels.fused import kernels_for, may_fuse
 from to_finetune.optim.rules import accumulator
 from to_finetune.optim.sharding import Member, Shards, all_reduce
 
 CHUNK = 1 << 18  # elements that the plain path squares at a time
 SMALLEST = 1e-8  # a row below a ten-thousandth of the matrix's root mean square is noise, and stays small
-
-
-class Piece(NamedTuple):
-    """Rows of a gradient, or a part of one row.
-
-    Attributes:
-        grad: (rows, ...).
-        row, column: where its first row and its first column stand in the vector of all rows and columns.
-    """
-
-    grad: Tensor
-    row: int
-    column: int
 
 
 @dataclass
@@ -69,8 +56,8 @@ def equalize_(work: Sequence[tuple[Mapping[str, Any], list[Member]]], shapes: Se
                 kind = (member.shards, is_whole, member.grad.device, member.grad.dtype, may_fuse(group))
                 alike.setdefault(kind, Matrices()).add(member, rows, columns)
     for (shards, is_whole, device, dtype, is_fused), matrices in alike.items():
-        kernels = _kernels(matrices.pieces) if is_fused and device.type == "cpu" and dtype in FORMATS else None
-        if kernels and is_whole:
+        kernels = _kernels(matrices.pieces) if is_fused and dtype in FORMATS else None
+        if kernels and is_whole and hasattr(kernels, "equalize"):
             kernels.equalize(matrices.pieces)
             continue
         squares = torch.zeros(matrices.size, dtype=accumulator(device), device=device)
@@ -86,35 +73,37 @@ def _pieces(member: Member, columns: int, row: int, column: int) -> Iterator[Pie
     if grad.dim() > 1:
         yield Piece(grad, row + (first // columns if columns else 0), column)
         return
-    at, end = first, first + len(grad)
+    at, end, turn = first, first + len(grad), 0
     while at < end:
         i, j = divmod(at, columns)
         width = min(columns - j, end - at)
         rows = max((end - at) // columns, 1) if j == 0 else 1
-        yield Piece(grad[at - first :][: rows * width].view(rows, width), row + i, column + j)
+        yield Piece(grad[at - first :][: rows * width].view(rows, width), row + i, column + j, turn)
         at += rows * width
+        turn += 1
 
 
 def _kernels(pieces: Sequence[Piece]) -> ModuleType | None:
-    return kernels_for("cpu") if all(piece.grad.is_contiguous() for piece in pieces) else None
+    is_known = all(piece.grad.is_contiguous() for piece in pieces)
+    return kernels_for(pieces[0].grad.device.type) if is_known and pieces else None
 
 
 def _add_squares(pieces: Sequence[Piece], sums: Tensor) -> None:
     """Add to each row's and each column's sum of squares."""
-    for grad, row, column in pieces:
-        columns = grad.shape[1:].numel()
-        step = max(CHUNK // max(columns, 1), 1)
-        for begin in range(0, len(grad), step):
-            squares = grad[begin : begin + step].flatten(1).to(sums.dtype).square()
-            sums[row + begin :][: len(squares)] += squares.sum(1)
-            sums[column : column + columns] += squares.sum(0)
+    for piece in pieces:
+        step = max(CHUNK // max(piece.columns, 1), 1)
+        for begin in range(0, piece.rows, step):
+            squares = piece.grad[begin : begin + step].flatten(1).to(sums.dtype).square()
+            sums[piece.row + begin :][: len(squares)] += squares.sum(1)
+            sums[piece.column :][: piece.columns] += squares.sum(0)
 
 
 def _scale(pieces: Sequence[Piece], factors: Tensor) -> None:
     """Multiply each element by its row's and its column's factor, in place."""
-    for grad, row, column in pieces:
-        grad.mul_(factors[row : row + len(grad)].view(-1, *(1,) * (grad.dim() - 1)))
-        grad.mul_(factors[column : column + grad.shape[1:].numel()].view(grad.shape[1:]))
+    for piece in pieces:
+        grad = piece.grad
+        grad.mul_(factors[piece.row :][: piece.rows].view(-1, *(1,) * (grad.dim() - 1)))
+        grad.mul_(factors[piece.column :][: piece.columns].view(grad.shape[1:]))
 
 
 def _factors_(squares: Tensor, sizes: Tensor) -> Tensor:

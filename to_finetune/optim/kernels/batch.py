@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from itertools import chain
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,3 +164,31 @@ def as_vector(states: Sequence[dict[str, Tensor]], name: str) -> Tensor:
 def may_read(group: Mapping[str, Any], count: Tensor) -> bool:
     """Whether a count of steps may be read on the host without waiting for a device or breaking a graph."""
     return count.device.type == "cpu" and not group["capturable"]
+
+
+class Piece(NamedTuple):
+    """Rows of a gradient, or a part of one row.
+
+    Attributes:
+        grad: (rows, ...).
+        row, column: where its first row and its first column stand in the vector of all rows and columns.
+        turn: its number among the pieces of its run: those of one turn share no row or column.
+    """
+
+    grad: Tensor
+    row: int
+    column: int
+    turn: int = 0
+
+    @property
+    def rows(self) -> int:
+        return len(self.grad)
+
+    @property
+    def columns(self) -> int:
+        return self.grad.shape[1:].numel()
+
+
+def table_of(pieces: Sequence[Piece]) -> Tensor:
+    """(pieces, 5) int64: address, rows, columns, and the places of the first ones."""
+    return torch.tensor([(p.grad.data_ptr(), p.rows, p.columns, p.row, p.column) for p in pieces]).view(-1, 5)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from to_finetune.optim.kernels.batch import FORMATS
+from to_finetune.optim.kernels.batch import FORMATS, Piece, table_of
 
 if TYPE_CHECKING:
     from to_finetune.optim.kernels.batch import Batch
@@ -29,8 +29,6 @@ FLAGS = (
     *("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"),
     *("-shared", "-fPIC", "-pthread", "-w"),
 )
-
-Pieces = Sequence[tuple[Tensor, int, int]]  # as `factored.Piece`
 
 
 class CompilerError(RuntimeError):
@@ -55,27 +53,26 @@ def measure_and_update(batch: Batch, scalars: Tensor, weights: bool, held: Tenso
     return _call("measure_and_update", batch, scalars, weights, _address(held), *flags)
 
 
-def add_squares(pieces: Pieces, sums: Tensor) -> None:
+def add_squares(pieces: Sequence[Piece], sums: Tensor) -> None:
     """Add to `sums`, float64, the squares of the rows and columns of contiguous pieces of one format."""
     _call_on_pieces("add_row_and_column_squares", pieces, sums)
 
 
-def scale(pieces: Pieces, factors: Tensor) -> None:
+def scale(pieces: Sequence[Piece], factors: Tensor) -> None:
     """Multiply each element by its row's and its column's factor, in place, rounded after each."""
     _call_on_pieces("scale_rows_and_columns", pieces, factors.float())
 
 
-def equalize(matrices: Pieces) -> None:
+def equalize(matrices: Sequence[Piece]) -> None:
     """All of `factored.equalize_`, in place, for whole contiguous matrices of one format."""
     _call_on_pieces("equalize", matrices)
 
 
-def _call_on_pieces(function: str, pieces: Pieces, *numbers: Tensor) -> None:
+def _call_on_pieces(function: str, pieces: Sequence[Piece], *numbers: Tensor) -> None:
     if pieces:
-        about = [(grad.data_ptr(), len(grad), grad.shape[1:].numel(), row, column) for grad, row, column in pieces]
-        table, threads = torch.tensor(about), torch.get_num_threads()
+        table, threads = table_of(pieces), torch.get_num_threads()
         arrays = (_address(x) for x in (table, *numbers))
-        library()[function](FORMATS[pieces[0][0].dtype], ctypes.c_int64(len(pieces)), *arrays, threads)
+        library()[function](FORMATS[pieces[0].grad.dtype], ctypes.c_int64(len(pieces)), *arrays, threads)
 
 
 def _call(function: str, batch: Batch, scalars: Tensor, weights: bool, *more: Any) -> Tensor:

@@ -11,6 +11,7 @@ writes in place several times.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from to_finetune.optim.blocks import to_device
+from to_finetune.optim.kernels.batch import FORMATS, Piece, table_of
 
 if TYPE_CHECKING:
     from to_finetune.optim.kernels.batch import Batch
@@ -28,6 +32,7 @@ TILE = tl.constexpr(64 * 32)
 TILES = 8  # in a chunk
 CHUNK = 64 * 32 * TILES
 COMBINED = 256  # chunks' sums that are added up at a time
+HIGH, WIDE = 32, 128  # rows and columns of a gradient that are squared or scaled at a time
 WARPS = 8
 SMALLEST_DIVISOR = tl.constexpr(1e-30)
 
@@ -55,7 +60,7 @@ def update(batch: Batch, scalars: Tensor, weights: bool, skip: Tensor | None) ->
 def _launch(kernel: Any, batch: Batch, scalars: Tensor, weights: bool, skip: Tensor | None) -> Tensor:
     device = batch.table.device
     variant, weight, gradient, state = batch.formats
-    chunks, begin = _chunks(tuple(p.numel() for p in batch.params), device)
+    chunks, begin = _programs(tuple(-(-p.numel() // CHUNK) for p in batch.params), device)
     # Zeros, for the sums that a program does not take.
     partial = torch.zeros(len(chunks), 8, dtype=torch.float64, device=device)
     sums = torch.empty(len(batch.params), 8, dtype=torch.float64, device=device)
@@ -82,13 +87,49 @@ def _launch(kernel: Any, batch: Batch, scalars: Tensor, weights: bool, skip: Ten
 
 
 @lru_cache(maxsize=64)
-def _chunks(numels: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _programs(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """(tensor, chunk in it) of each program, int32, and the number of each tensor's first program, int64."""
-    counts = torch.tensor([-(-n // CHUNK) for n in numels])
-    begin = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    which = torch.repeat_interleave(torch.arange(len(numels)), counts)
-    chunks = torch.stack([which, torch.arange(len(which)) - begin[which]], dim=1).int()
-    return chunks.to(device), begin.to(device)
+    chunks = torch.tensor(counts)
+    begin = torch.cat([chunks.new_zeros(1), chunks.cumsum(0)])
+    which = torch.repeat_interleave(torch.arange(len(counts)), chunks)
+    programs = torch.stack([which, torch.arange(len(which)) - begin[which]], dim=1).int()
+    return programs.to(device), begin.to(device)
+
+
+def add_squares(pieces: Sequence[Piece], sums: Tensor) -> None:
+    """Add to `sums`, float64, the squares of the rows and columns of contiguous pieces of one format."""
+    for turn in sorted({piece.turn for piece in pieces}):
+        alike = [piece for piece in pieces if piece.turn == turn]
+        table = to_device(table_of(alike), sums.device)
+        rows, columns = [-(-piece.rows // HIGH) for piece in alike], [-(-piece.columns // WIDE) for piece in alike]
+        _launch_on_pieces(_add_squares, alike, rows, table, sums, OF_COLUMNS=False)
+        _launch_on_pieces(_add_squares, alike, columns, table, sums, OF_COLUMNS=True)
+
+
+def scale(pieces: Sequence[Piece], factors: Tensor) -> None:
+    """Multiply each element by its row's and its column's factor, in place, rounded after each."""
+    table = to_device(table_of(pieces), factors.device)
+    _launch_on_pieces(_scale, pieces, [-(-piece.rows // HIGH) for piece in pieces], table, factors)
+
+
+def _launch_on_pieces(
+    kernel: Any, pieces: Sequence[Piece], blocks: Sequence[int], table: Tensor, numbers: Tensor, **options: bool
+) -> None:
+    """A program for each of a piece's blocks."""
+    programs, _ = _programs(tuple(blocks), table.device)
+    if len(programs):
+        with torch.cuda.device_of(table):
+            kernel[(len(programs),)](
+                table,
+                programs,
+                numbers,
+                **options,
+                GRADIENT=FORMATS[pieces[0].grad.dtype],
+                ALIGNED=all(piece.grad.data_ptr() % 16 == 0 and piece.columns % 16 == 0 for piece in pieces),
+                HIGH=HIGH,
+                WIDE=WIDE,
+                num_warps=WARPS,
+            )
 
 
 # ---- Storage, as in ../state.py --------------------------------------------------------------------------------------
@@ -114,7 +155,11 @@ def _random16(bits, STREAM: tl.constexpr):
 
 @triton.jit
 def _address(table, row, column, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
-    address = tl.load(table + row * COLUMNS + column)
+    return _pointer(tl.load(table + row * COLUMNS + column), FORMAT, ALIGNED)
+
+
+@triton.jit
+def _pointer(address, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
     if FORMAT == FLOAT32:
         pointer = address.to(tl.pointer_type(tl.float32))
     elif FORMAT == BFLOAT16:
@@ -424,3 +469,73 @@ def _combine(partial, begin, sums, COMBINED: tl.constexpr):
         total += tl.sum(found, axis=0)
         peak = tl.maximum(peak, tl.max(found, axis=0))
     tl.store(sums + row * SUMS + column, tl.where(column == PEAK, peak, total))
+
+
+# ---- Rows and columns of gradients that weigh alike: factored.py -----------------------------------------------------
+
+
+@triton.jit
+def _piece(table, programs, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr):
+    """This program's piece (its gradient, rows and columns, and the places of the first ones), and its block there."""
+    pid = tl.program_id(0)
+    piece = table + tl.load(programs + 2 * pid).to(tl.int64) * 5
+    columns = tl.load(piece + 2)
+    if ALIGNED:
+        columns = tl.multiple_of(columns, 16)
+    g = _pointer(tl.load(piece), GRADIENT, ALIGNED)
+    return g, tl.load(piece + 1), columns, tl.load(piece + 3), tl.load(piece + 4), tl.load(programs + 2 * pid + 1)
+
+
+@triton.jit
+def _add_squares(
+    table, programs, sums,
+    OF_COLUMNS: tl.constexpr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A block of rows, over all columns, or of columns, over all rows: each sum in a fixed order."""
+    g, rows, columns, row, column, block = _piece(table, programs, GRADIENT, ALIGNED)
+    i, j = tl.arange(0, HIGH).to(tl.int64), tl.arange(0, WIDE).to(tl.int64)
+    if OF_COLUMNS:
+        j += block * WIDE
+        total = tl.zeros((WIDE,), tl.float64)
+        for at in range(0, rows, HIGH):
+            inside = (at + i < rows)[:, None] & (j < columns)[None, :]
+            x = tl.load(g + (at + i)[:, None] * columns + j[None, :], mask=inside, other=0).to(tl.float32)
+            total += tl.sum(x.to(tl.float64) * x.to(tl.float64), axis=0)
+        out = sums + column + j
+        tl.store(out, tl.load(out, mask=j < columns) + total, mask=j < columns)
+    else:
+        i += block * HIGH
+        total = tl.zeros((HIGH,), tl.float64)
+        for at in range(0, columns, WIDE):
+            inside = (i < rows)[:, None] & (at + j < columns)[None, :]
+            x = tl.load(g + i[:, None] * columns + (at + j)[None, :], mask=inside, other=0).to(tl.float32)
+            total += tl.sum(x.to(tl.float64) * x.to(tl.float64), axis=1)
+        out = sums + row + i
+        tl.store(out, tl.load(out, mask=i < rows) + total, mask=i < rows)
+
+
+@triton.jit
+def _nearest(x, FORMAT: tl.constexpr):
+    """float32 rounded to the numbers of a format, ties to even."""
+    if FORMAT == BFLOAT16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x != x, bits, bits + 0x7FFF + (bits >> 16 & 1))
+        x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def _scale(
+    table, programs, factors,
+    GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    g, rows, columns, row, column, block = _piece(table, programs, GRADIENT, ALIGNED)
+    i, j = block * HIGH + tl.arange(0, HIGH).to(tl.int64), tl.arange(0, WIDE).to(tl.int64)
+    of_rows = tl.load(factors + row + i, mask=i < rows, other=0).to(tl.float32)[:, None]
+    for at in range(0, columns, WIDE):
+        inside = (i < rows)[:, None] & (at + j < columns)[None, :]
+        of_columns = tl.load(factors + column + at + j, mask=at + j < columns, other=0).to(tl.float32)[None, :]
+        here = g + i[:, None] * columns + (at + j)[None, :]
+        x = tl.load(here, mask=inside, other=0).to(tl.float32)
+        x = _nearest(_nearest(x * of_rows, GRADIENT) * of_columns, GRADIENT)
+        tl.store(here, x.to(g.dtype.element_ty), mask=inside)
