@@ -5,6 +5,7 @@ accelerate by itself does without FSDP and DeepSpeed on CPUs, and says nothing.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -108,6 +109,7 @@ def main(argv: list[str]) -> int:
         use_gloo()
     if "KILL" in os.environ:
         kill_once(*os.environ["KILL"].split())
+    gc.freeze()  # DeepSpeed collects garbage at every turn, which takes half a second with all that is imported
     codes = []
     for flags in json.loads(os.environ.get("RUNS", "[[]]")):
         codes.append(finetune([*argv, *flags]))
