@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
@@ -17,6 +18,15 @@ _HOME = tempfile.TemporaryDirectory(prefix="to-finetune-tests-")
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", HF_HOME=_HOME.name, TOKENIZERS_PARALLELISM="false")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before our kernels, or DeepSpeed, import Triton
+
+
+def pytest_collection_finish() -> None:
+    """Every run of `finetune.py` collects garbage, which takes half a second with all that the tests import."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # for libraries that look at the end whether all is freed
 
 
 @pytest.fixture(scope="session")

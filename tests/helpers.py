@@ -126,8 +126,11 @@ class Run:
         return read_trained(self.folder)[0]
 
 
-def finetune(output_dir: Path, *more: str, **options: Any) -> Run:
-    """Run `finetune.py` in this process on the last layer, 4 steps of 4 rows, unless `options` say otherwise."""
+def finetune(output_dir: Path, *more: str, answer_tokens: int = 8, **options: Any) -> Run:
+    """Run `finetune.py` in this process on the last layer, 4 steps of 4 rows, unless `options` say otherwise.
+
+    Its sample answers are of a few tokens: it takes longer to write them than to train.
+    """
     made: list[TOSFTTrainer] = []
 
     class Recorded(TOSFTTrainer):
@@ -144,7 +147,8 @@ def finetune(output_dir: Path, *more: str, **options: Any) -> Run:
         "save_strategy": "no",
         "report_to": "none",
     }
-    with mock.patch("to_finetune.training.prepare.TOSFTTrainer", Recorded):
+    answers = mock.patch("to_finetune.training.traces.NEW_TOKENS", answer_tokens)
+    with mock.patch("to_finetune.training.prepare.TOSFTTrainer", Recorded), answers:
         code = main([*flags(output_dir=output_dir, **{**defaults, **options}), *more])
     return Run(code, output_dir, made[0] if made else None)
 

@@ -719,7 +719,7 @@ def test_a_diverged_slope_is_no_number(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(finetune: Callable[..., Run], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = finetune(tmp_path_factory.mktemp("runs") / "diagonal", val_set_size=4)
+    run = finetune(tmp_path_factory.mktemp("runs") / "diagonal", val_set_size=4, answer_tokens=NEW_TOKENS)
     assert run.code == 0
     return run
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 
+@cache
 def template(file: Path, **filters: Callable[..., str]) -> Template:
     """The Jinja template in `file`, with `filters` beside Jinja's own."""
     environment = Environment(
