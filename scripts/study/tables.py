@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.ticker import NullLocator
 from scipy.stats import ttest_rel
-from study import CELLS, IDEAS, METHODS, ON_GPU, RESULTS, SEEDS, TUNING_SEED
+from study import ASIDE, CELLS, METHODS, ON_GPU, RESULTS, SEEDS, TUNING_SEED
 
 from to_finetune.files import write_whole
 from to_finetune.report.plot import COLOURS
@@ -88,15 +88,16 @@ def measured(run: Run, measure: str) -> float | None:
 
 
 def tables(cells: dict[str, dict[str, Judged]]) -> list[str]:
-    """Markdown: the held-out losses of all cells beside AdamW's, then a table of each cell, which has the ideas too."""
+    """Markdown: held-out losses beside AdamW's, then a table of each cell, which has what was tried aside too."""
     methods = [method for method in METHODS if any(method in found for found in cells.values())]
-    methods = [method for method in methods if method not in IDEAS]
     summary = [
-        "| held-out loss | " + " | ".join(METHODS[method].title for method in methods) + " |",
-        "|---|" + "---:|" * len(methods),
+        "| held-out loss | " + " | ".join(cell.replace("/", "<br>") for cell in cells) + " |",
+        "|---|" + "---:|" * len(cells),
     ]
-    for cell, found in cells.items():
-        summary.append(f"| {cell} | " + " | ".join(against(found, method) for method in methods) + " |")
+    for method in methods:
+        if method not in ASIDE:
+            row = " | ".join(against(found, method) for found in cells.values())
+            summary.append(f"| {METHODS[method].title} | {row} |")
     parts = ["\n".join(summary)]
     for cell, found in cells.items():
         rows = [
@@ -128,7 +129,7 @@ def against(found: dict[str, Judged], method: str) -> str:
     pairs = [[run["alpaca"] for run in found[name].runs] for name in (method, REFERENCE)]
     p = float(ttest_rel(*pairs).pvalue)
     stars = next((marks for limit, marks in ((0.001, r"\*\*\*"), (0.01, r"\*\*"), (0.05, r"\*")) if p < limit), "")
-    return f"{100 * (mean / reference - 1):+.2f} %{stars}"
+    return f"{100 * (mean / reference - 1):+.2f}{stars}"
 
 
 def spread(runs: list[Run], measure: str) -> str:
