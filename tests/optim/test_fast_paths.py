@@ -152,7 +152,10 @@ def test_fused_equals_the_rules(variant: str, name: str, kernels: mock.MagicMock
     tolerance = BITS if variant == "diagonal" else few_bits.get(name, ULPS)
     steps = 20 if kernels._mock_wraps is cpu() or name == "coupled decay, rms" else 3  # the interpreter is slow
     assert_same_trajectory(variant, "fused", make_weights(SIZES, torch.float32), OPTIONS[name], tolerance, steps)
-    assert sum(name in ("update", "measure_and_update") for name, *_ in kernels.method_calls) >= steps
+    called = [function for function, *_ in kernels.method_calls]
+    assert sum(function in ("update", "measure_and_update") for function in called) >= steps
+    are_factored = OPTIONS[name].get("grad_scale") == "factored"
+    assert any(function in ("scale", "equalize") for function in called) is are_factored
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8])

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from to_finetune.optim.blocks import to_device
+from to_finetune.optim.kernels import fused
 from to_finetune.optim.kernels.batch import FORMATS, Piece
-from to_finetune.optim.kernels.fused import kernels_for, may_fuse
 from to_finetune.optim.rules import accumulator
 from to_finetune.optim.sharding import Member, Shards, all_reduce
 
@@ -53,7 +53,7 @@ def equalize_(work: Sequence[tuple[Mapping[str, Any], list[Member]]], shapes: Se
             rows, columns = shapes[member.position][:1].numel(), shapes[member.position][1:].numel()
             if len(shapes[member.position]) > 1:
                 is_whole = not member.shards and member.grad.numel() == member.numel
-                kind = (member.shards, is_whole, member.grad.device, member.grad.dtype, may_fuse(group))
+                kind = (member.shards, is_whole, member.grad.device, member.grad.dtype, fused.may_fuse(group))
                 alike.setdefault(kind, Matrices()).add(member, rows, columns)
     for (shards, is_whole, device, dtype, is_fused), matrices in alike.items():
         kernels = _kernels(matrices.pieces) if is_fused and dtype in FORMATS else None
@@ -85,7 +85,7 @@ def _pieces(member: Member, columns: int, row: int, column: int) -> Iterator[Pie
 
 def _kernels(pieces: Sequence[Piece]) -> ModuleType | None:
     is_known = all(piece.grad.is_contiguous() for piece in pieces)
-    return kernels_for(pieces[0].grad.device.type) if is_known and pieces else None
+    return fused.kernels_for(pieces[0].grad.device.type) if is_known and pieces else None
 
 
 def _add_squares(pieces: Sequence[Piece], sums: Tensor) -> None:
