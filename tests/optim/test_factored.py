@@ -59,6 +59,15 @@ def test_the_kernels_equal_the_plain_path(
         assert torch.equal(one.grad, other.grad)
 
 
+@needs_compiler
+def test_wide_pieces_are_squared_a_few_at_a_time() -> None:
+    wide = [Piece(torch.randn(2, 600_000), 600_002 * i, 600_002 * i + 2) for i in range(3)]
+    plain, fused = torch.zeros(2, 3 * 600_002, dtype=torch.float64)
+    factored._add_squares(wide, plain)
+    cpu().add_squares(wide, fused)
+    torch.testing.assert_close(fused, plain, rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_not_finite_stays_so(dtype: torch.dtype, value: float, kernels: ModuleType) -> None:

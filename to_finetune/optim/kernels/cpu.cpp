@@ -22,6 +22,7 @@ namespace {
 
 constexpr float SMALLEST_DIVISOR = 1e-30f;  // as in rules.py
 constexpr double SMALLEST_SQUARE = 1e-8;    // as in factored.py
+constexpr int64_t COLUMNS_HELD = 1 << 20;   // sums of columns, 8 bytes each, that wait to be added up
 constexpr int64_t CHUNK = 1 << 17;          // weights that a thread takes at a time
 constexpr int64_t SMALL = 1 << 18;          // a tensor of at most this many stays in the cache between two passes
 constexpr int TILE = 2048;                  // weights that stay in the cache between two loops over them
@@ -616,10 +617,14 @@ struct Rows {
   int64_t low, high;  // the rows that a thread takes at a time
 };
 
+int64_t rows_of_chunk(const Piece& p) {
+  return std::max({int64_t(1), 4 * CHUNK / std::max<int64_t>(1, p.columns), (p.rows + 63) / 64});
+}
+
 std::vector<Rows> in_rows(int64_t count, const Piece* pieces) {
   std::vector<Rows> chunks;
   for (const Piece* p = pieces; p < pieces + count; ++p) {
-    const int64_t step = std::max<int64_t>(1, 4 * CHUNK / std::max<int64_t>(1, p->columns));
+    const int64_t step = rows_of_chunk(*p);
     for (int64_t low = 0; low < p->rows; low += step) chunks.push_back({p, low, std::min(p->rows, low + step)});
   }
   return chunks;
@@ -688,16 +693,24 @@ void add_squares(Format format, const Rows& chunk, double* of_rows, double* of_c
                     : add_squares_of<bfloat16>(chunk, of_rows, of_columns);
 }
 
-// Pieces' squares, added to those of their rows and columns; the chunks' columns in order, whatever the threads.
+// Pieces' squares, added to those of their rows and columns; the chunks' columns in order, whatever the threads. So many
+// pieces at a time that what the chunks hold of the columns stays small.
 void add_all_squares(Format format, int64_t count, const Piece* pieces, double* sums, int threads) {
-  const std::vector<Rows> chunks = in_rows(count, pieces);
-  std::vector<std::vector<double>> columns(chunks.size());
-  over_rows(chunks, threads, [&](size_t k) {
-    columns[k].resize(chunks[k].of->columns);
-    add_squares(format, chunks[k], sums + chunks[k].of->row, columns[k].data());
-  });
-  for (size_t k = 0; k < chunks.size(); ++k)
-    for (size_t j = 0; j < columns[k].size(); ++j) sums[chunks[k].of->column + int64_t(j)] += columns[k][j];
+  for (int64_t end, begin = 0; begin < count; begin = end) {
+    int64_t held = 0;
+    for (end = begin; end < count && held < COLUMNS_HELD; ++end) {
+      const int64_t step = rows_of_chunk(pieces[end]);
+      held += (pieces[end].rows + step - 1) / step * pieces[end].columns;
+    }
+    const std::vector<Rows> chunks = in_rows(end - begin, pieces + begin);
+    std::vector<std::vector<double>> columns(chunks.size());
+    over_rows(chunks, threads, [&](size_t k) {
+      columns[k].resize(chunks[k].of->columns);
+      add_squares(format, chunks[k], sums + chunks[k].of->row, columns[k].data());
+    });
+    for (size_t k = 0; k < chunks.size(); ++k)
+      for (size_t j = 0; j < columns[k].size(); ++j) sums[chunks[k].of->column + int64_t(j)] += columns[k][j];
+  }
 }
 
 // Rounded to the gradient's format, to the nearest, ties to even; NaN that comes from bfloat16 stays NaN.

@@ -86,7 +86,7 @@ def _launch(kernel: Any, batch: Batch, scalars: Tensor, weights: bool, skip: Ten
     return sums
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _programs(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """(tensor, chunk in it) of each program, int32, and the number of each tensor's first program, int64."""
     chunks = torch.tensor(counts)
