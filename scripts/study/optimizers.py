@@ -48,7 +48,7 @@ class IdeaTO(Optimizer):
             rate beta, instead of w. While w hardly moves, ``a w`` and b cannot be told apart; ``a (w - c)`` and b can.
         rows: alpha is relative to the mean square of a weight's row instead of its tensor.
         scale: "rows" divides each row of the gradient by its own rms, "factored" each element by the geometric mean of
-            its row's and its column's, of embeddings too.
+            its row's and its column's, of embeddings too; "running" does so with Adafactor's running means of squares.
         warm: beta is ``max(beta, 1/(t + 1))`` in step t = 0, 1, ..., so that the estimate is a mean from the start.
         momentum: the step is taken along a running mean of G with this factor.
         clip: the residual is clipped to so many times its tensor's rms.
@@ -88,7 +88,7 @@ class IdeaTO(Optimizer):
             state |= {"t": 0, "c": w.clone() if self.centre else torch.zeros_like(w), **zeros}
         assert w.grad is not None
         beta = max(self.beta, 1 / (state["t"] + 1)) if self.warm else self.beta
-        g, x = w.grad / _scale(w.grad, self.scale), w - state["c"]
+        g, x = w.grad / self._size(w.grad, state), w - state["c"]
         unit = _scale(x, "rows" if self.rows else "tensor").square()
         gain = torch.where(unit > SMALLEST_DIVISOR, self.alpha * x * x / unit, 0.0).clamp(max=max(1 - beta, 0.0))
         residual = state["a"] * x + state["b"] - g
@@ -108,11 +108,22 @@ class IdeaTO(Optimizer):
             state["c"].lerp_(w, self.beta)
         state["t"] += 1
 
+    def _size(self, g: Tensor, state: dict[str, Any]) -> Tensor:
+        if self.scale != "running":
+            return _scale(g, self.scale)
+        squares = state.setdefault("squares", torch.zeros_like(g))
+        squares.lerp_(g.square(), (state["t"] + 1) ** -0.8)
+        scaled = g / _size_of(squares, "factored")
+        return _size_of(squares, "factored") * _scale(scaled, "tensor")
+
 
 def _scale(x: Tensor, of: str) -> Tensor:
     """The rms of the tensor, of each row, or what rows and columns say together of each element."""
-    squares = x.square()
-    if of == "tensor" or x.ndim != 2:
+    return _size_of(x.square(), of)
+
+
+def _size_of(squares: Tensor, of: str) -> Tensor:
+    if of == "tensor" or squares.ndim != 2:
         mean = squares.mean()
     elif of == "rows":
         mean = squares.mean(1, keepdim=True)

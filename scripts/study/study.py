@@ -98,6 +98,7 @@ IDEAS: dict[str, dict[str, Any]] = {  # options of `IdeaTO`
     "alpha by rows": {"rows": True},
     "gradient by rows": {"scale": "rows"},
     "gradient by rows and columns": {"scale": "factored"},
+    "gradient by running rows and columns": {"scale": "running"},
     "warm beta": {"warm": True},
     "momentum on the step": {"momentum": 0.5},
     "clipped residual": {"clip": 2.0},
