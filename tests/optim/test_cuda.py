@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -67,18 +68,20 @@ def test_the_kernels_compile_for_gpus(capability: int) -> None:
         assert int(size) > 0
 
 
-def on(device: str, dtype: torch.dtype) -> list[Parameter]:
+def on(device: str, dtype: torch.dtype, sizes: Sequence[tuple[int, ...]]) -> list[Parameter]:
     """The same weights on any device."""
     generator = torch.Generator().manual_seed(3)
-    return [Parameter(torch.randn(size, generator=generator).to(device, dtype)) for size in [*SIZES, (300, 1000)]]
+    return [Parameter(torch.randn(size, generator=generator).to(device, dtype)) for size in sizes]
 
 
-def train(device: str, variant: str, dtype: torch.dtype, steps: int = 5, **options: Any) -> list[Tensor]:
+def train(
+    device: str, variant: str, dtype: torch.dtype, sizes: Sequence[tuple[int, ...]], **options: Any
+) -> list[Tensor]:
     """Weights and state, on the CPU, after some steps with the same gradients everywhere."""
-    params = on(device, dtype)
+    params = on(device, dtype, sizes)
     optimizer = OPTIMIZERS[variant](params, **options)
     generator = torch.Generator().manual_seed(4)
-    for _ in range(steps):
+    for _ in range(5):
         for p in params:
             p.grad = torch.randn(p.shape, generator=generator).to(device, dtype)
         optimizer.step()
@@ -87,15 +90,18 @@ def train(device: str, variant: str, dtype: torch.dtype, steps: int = 5, **optio
 
 
 @needs_gpu
+@pytest.mark.parametrize("sizes", [[*SIZES, (300, 1000)], [(64, 96), (48, 1024)]], ids=["odd", "aligned"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("variant", ["diagonal", "rank_one"])
-def test_a_gpu_gives_the_weights_of_the_cpu(variant: str, name: str, dtype: torch.dtype) -> None:
+def test_a_gpu_gives_the_weights_of_the_cpu(
+    variant: str, name: str, dtype: torch.dtype, sizes: Sequence[tuple[int, ...]]
+) -> None:
     """Diagonal bit for bit."""
     few_bits = dtype == torch.bfloat16 or "state_dtype" in OPTIONS[name]
     loose = {"rtol": 2**-7, "atol": 2.0} if few_bits else ULPS
     bounds = {"rtol": 0.0, "atol": 0.0} if variant == "diagonal" else loose
-    ours, theirs = (train(device, variant, dtype, **OPTIONS[name]) for device in ("cuda", "cpu"))
+    ours, theirs = (train(device, variant, dtype, sizes, **OPTIONS[name]) for device in ("cuda", "cpu"))
     for x, y in zip(ours, theirs, strict=True):
         torch.testing.assert_close(x.double(), y.double(), **bounds)
 

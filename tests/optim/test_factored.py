@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from to_finetune.optim import factored
+from to_finetune.optim import DiagonalTO, factored
 from to_finetune.optim.kernels.batch import Piece
+from to_finetune.optim.sharding import Member
 
 from .test_fast_paths import cpu, needs_compiler, triton
 
@@ -35,20 +37,19 @@ def kernels(request: pytest.FixtureRequest) -> ModuleType:
     return request.param()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernels_equal_the_plain_path(
-    dtype: torch.dtype, threads: int, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sums to float64's rounding, the same for any number of threads; scaled gradients to the bit."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     plain, size = pieces(dtype)
     fused = clones(plain)
     plain_sums, fused_sums, again = (torch.ones(size, dtype=torch.float64) for _ in range(3))
     factored._add_squares(plain, plain_sums)
     kernels.add_squares(fused, fused_sums)
     torch.testing.assert_close(fused_sums, plain_sums, rtol=1e-13, atol=0)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     kernels.add_squares(fused, again)
     assert torch.equal(fused_sums, again)
 
@@ -59,8 +60,43 @@ def test_the_kernels_equal_the_plain_path(
         assert torch.equal(one.grad, other.grad)
 
 
+@pytest.mark.parametrize(("first", "count"), [(0, 77), (3, 4), (3, 8), (3, 30), (3, 41), (11, 22), (9, 12)])
+def test_the_pieces_of_a_run_are_its_weights_and_those_of_one_turn_share_no_column(first: int, count: int) -> None:
+    """Of a matrix with 7 rows and 11 columns."""
+    grad = torch.arange(first, first + count, dtype=torch.float32)
+    weight = torch.zeros(count)
+    found = list(factored._pieces(Member(0, weight, grad, {}, weight, 77, first), 11, 100, 200))
+    whole = torch.full((7, 11), -1.0)
+    for piece in found:
+        row, column = piece.row - 100, piece.column - 200
+        assert (whole[row : row + piece.rows, column : column + piece.columns] == -1).all()
+        whole[row : row + piece.rows, column : column + piece.columns] = piece.grad
+    assert torch.equal(whole.flatten()[first : first + count], grad)
+    assert (whole >= 0).sum() == count
+    assert len({piece.turn for piece in found}) == len(found)
+    rows = [row for piece in found for row in range(piece.row, piece.row + piece.rows)]
+    assert len(set(rows)) == len(rows)
+
+
+def test_matrices_that_are_measured_apart_end_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stepped(measured_together: int) -> list[Tensor]:
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(n, 3)) for n in (2, 5, 1, 4)]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        monkeypatch.setattr(factored, "LARGEST", measured_together)
+        with mock.patch.object(factored, "_factors_", wraps=factored._factors_) as made:
+            DiagonalTO(params, grad_scale="factored", fused=False).step()
+        assert made.call_count == (2 if measured_together == 7 else 1)
+        return [p.detach() for p in params]
+
+    for one, other in zip(stepped(7), stepped(1000), strict=True):
+        assert torch.equal(one, other)
+
+
 @needs_compiler
-def test_wide_pieces_are_squared_a_few_at_a_time() -> None:
+def test_wide_pieces_equal_the_plain_path() -> None:
+    """Their columns are too many to be held for all of them."""
     wide = [Piece(torch.randn(2, 600_000), 600_002 * i, 600_002 * i + 2) for i in range(3)]
     plain, fused = torch.zeros(2, 3 * 600_002, dtype=torch.float64)
     factored._add_squares(wide, plain)

@@ -179,9 +179,14 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return x.to(device)
     pinned = x.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
-        _READ_BY_GRAPHS.append(pinned)
+    keep_for_graphs(pinned)
     return pinned.to(device, non_blocking=True)
 
 
-_READ_BY_GRAPHS: list[Tensor] = []  # a CUDA graph copies them again at each replay, and may live as long as the process
+def keep_for_graphs(*tensors: Tensor) -> None:
+    """Keep alive what a CUDA graph that is being captured will read at each replay."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        _READ_BY_GRAPHS.extend(tensors)
+
+
+_READ_BY_GRAPHS: list[Tensor] = []  # a graph may live as long as the process

@@ -3,7 +3,7 @@
 With ``r_i`` and ``c_j`` the mean squares of a row and of a column and m that of the whole, an element is multiplied by
 ``m / sqrt(r_i c_j)``: Adafactor's estimate of its size, taken from this one gradient. The tensor's own root mean square
 is then divided out as by "rms". Rows and columns may be in pieces; the processes add up their squares in one all-reduce
-for all matrices.
+for all matrices, or one for two million rows and columns.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from to_finetune.optim.rules import accumulator
 from to_finetune.optim.sharding import Member, Shards, all_reduce
 
 CHUNK = 1 << 18  # elements that the plain path squares at a time
+LARGEST = 1 << 21  # rows and columns that are measured together: 17 MB of sums, and twice that to make factors of them
 SMALLEST = 1e-8  # a row below a ten-thousandth of the matrix's root mean square is noise, and stays small
 
 
@@ -40,6 +41,15 @@ class Matrices:
         self.size += rows + columns
 
 
+class Kind(NamedTuple):
+    """What matrices that are measured together have in common."""
+
+    shards: Shards
+    device: torch.device
+    dtype: torch.dtype
+    may_fuse: bool
+
+
 def equalize_(work: Sequence[tuple[Mapping[str, Any], list[Member]]], shapes: Sequence[torch.Size]) -> None:
     """Scale the gradients of matrices in place, in the groups that ask for it; vectors are left as they are.
 
@@ -47,23 +57,31 @@ def equalize_(work: Sequence[tuple[Mapping[str, Any], list[Member]]], shapes: Se
         work: the groups and all their members, also those without a weight on this process, which add nothing.
         shapes: of all parameters that the optimizer was given; of more than two dimensions the first one is the rows.
     """
-    alike: dict[tuple[Shards, bool, torch.device, torch.dtype, bool], Matrices] = {}
+    alike: dict[Kind, list[Matrices]] = {}
     for group, members in work:
         for member in members if group["grad_scale"] == "factored" else ():
             rows, columns = shapes[member.position][:1].numel(), shapes[member.position][1:].numel()
             if len(shapes[member.position]) > 1:
-                is_whole = not member.shards and member.grad.numel() == member.numel
-                kind = (member.shards, is_whole, member.grad.device, member.grad.dtype, fused.may_fuse(group))
-                alike.setdefault(kind, Matrices()).add(member, rows, columns)
-    for (shards, is_whole, device, dtype, is_fused), matrices in alike.items():
-        kernels = _kernels(matrices.pieces) if is_fused and dtype in FORMATS else None
-        if kernels and is_whole and hasattr(kernels, "equalize"):
-            kernels.equalize(matrices.pieces)
-            continue
-        squares = torch.zeros(matrices.size, dtype=accumulator(device), device=device)
-        (kernels.add_squares if kernels else _add_squares)(matrices.pieces, squares)
-        factors = _factors_(all_reduce(squares, shards), to_device(torch.tensor(matrices.sizes), device)).to(dtype)
-        (kernels.scale if kernels else _scale)(matrices.pieces, factors)
+                kind = Kind(member.shards, member.grad.device, member.grad.dtype, fused.may_fuse(group))
+                together = alike.setdefault(kind, [Matrices()])
+                if together[-1].size > LARGEST:
+                    together.append(Matrices())
+                together[-1].add(member, rows, columns)
+    for kind, together in alike.items():
+        for matrices in together:
+            _equalize(kind, matrices)
+
+
+def _equalize(kind: Kind, matrices: Matrices) -> None:
+    kernels = _kernels(matrices.pieces) if kind.may_fuse and kind.dtype in FORMATS else None
+    if kernels and not kind.shards and hasattr(kernels, "equalize"):
+        kernels.equalize(matrices.pieces)
+        return
+    squares = torch.zeros(matrices.size, dtype=accumulator(kind.device), device=kind.device)
+    (kernels.add_squares if kernels else _add_squares)(matrices.pieces, squares)
+    sizes = to_device(torch.tensor(matrices.sizes), kind.device)
+    factors = _factors_(all_reduce(squares, kind.shards), sizes).to(kind.dtype)
+    (kernels.scale if kernels else _scale)(matrices.pieces, factors)
 
 
 def _pieces(member: Member, columns: int, row: int, column: int) -> Iterator[Piece]:

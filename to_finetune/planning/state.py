@@ -57,7 +57,7 @@ def _state_bytes(settings: Settings, optimizer: Optimizer, parameters: Sequence[
     if isinstance(optimizer, FullTO):
         return StateBytes(_full_bytes(optimizer, settings.max_steps), 0, 0)
     if isinstance(optimizer, TrainableOptimizer):
-        optimizer.held()  # makes the state; a step needs less than 1 MiB more
+        optimizer.held()  # makes the state; a step needs 1 MiB more, on a GPU or in shards up to 50
         return StateBytes(_bytes_of(_tensors(optimizer)), 0, 0)
     for group in optimizer.param_groups:
         if settings.work.device != "cpu" and group.get("foreach", False) is None and not group.get("fused"):

@@ -1,7 +1,8 @@
 """What the fused kernels work on: the tensors of a step as rows of arrays.
 
-The kernels read everything from three arrays with a row a tensor: `table` (addresses, sizes, keys; int64), `scalars`
-(float32) and the sums that they return (float64). The constants below are their columns.
+The kernels of a step read everything from three arrays with a row a tensor: `table` (addresses, sizes, keys; int64),
+`scalars` (float32) and the sums that they return (float64). The constants below are their columns. Those of factored
+gradients have a table of `Piece`s.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ class Piece(NamedTuple):
     Attributes:
         grad: (rows, ...).
         row, column: where its first row and its first column stand in the vector of all rows and columns.
-        turn: its number among the pieces of its run: those of one turn share no row or column.
+        turn: its number among the pieces of its run: those of one turn share no column. No two pieces share a row.
     """
 
     grad: Tensor
@@ -191,4 +192,5 @@ class Piece(NamedTuple):
 
 def table_of(pieces: Sequence[Piece]) -> Tensor:
     """(pieces, 5) int64: address, rows, columns, and the places of the first ones."""
-    return torch.tensor([(p.grad.data_ptr(), p.rows, p.columns, p.row, p.column) for p in pieces]).view(-1, 5)
+    rows = [(p.grad.data_ptr(), p.rows, p.columns, p.row, p.column) for p in pieces]
+    return torch.tensor(rows, device="cpu").view(-1, 5)

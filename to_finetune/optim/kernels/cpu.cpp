@@ -2,7 +2,7 @@
 //
 // The twin of ../rules.py, to the bit: float32 in the same order of operations (compile without contraction), sums over
 // a block in float64, which makes them independent of the order of summation, storage as in ../state.py.
-// The layout of Tensor, Scalars and Sums is that of fused.py.
+// The layout of Tensor, Scalars, Sums and Piece is that of batch.py.
 
 #include <algorithm>
 #include <atomic>
@@ -618,7 +618,8 @@ struct Rows {
 };
 
 int64_t rows_of_chunk(const Piece& p) {
-  return std::max({int64_t(1), 4 * CHUNK / std::max<int64_t>(1, p.columns), (p.rows + 63) / 64});
+  const int64_t few = (p.rows * p.columns + COLUMNS_HELD - 1) / COLUMNS_HELD;  // chunks of that many rows hold no more
+  return std::max({int64_t(1), 4 * CHUNK / std::max<int64_t>(1, p.columns), few});
 }
 
 std::vector<Rows> in_rows(int64_t count, const Piece* pieces) {
@@ -750,12 +751,14 @@ void scale_all(Format format, int64_t count, const Piece* pieces, const float* f
 // From the sums of squares of a matrix's rows, or of its columns, to their factors: factored._factors_.
 template <class T>
 void factors_of(const double* squares, int64_t n, float* factors) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += squares[i];
+  double4 four = {};
+  int64_t i = 0;
+  for (double4 x; i + 4 <= n; i += 4, four += x) std::memcpy(&x, squares + i, sizeof x);
+  double sum = total(four);
+  for (; i < n; ++i) sum += squares[i];
   double mean = sum / double(n);
   mean = mean < std::numeric_limits<double>::min() ? std::numeric_limits<double>::min() : mean;
-  for (int64_t i = 0; i < n; ++i) {
+  for (i = 0; i < n; ++i) {
     double x = squares[i] / mean;
     x = x < SMALLEST_SQUARE ? SMALLEST_SQUARE : x;
     factors[i] = nearest<T>(float(1 / std::sqrt(x)));

@@ -4,9 +4,9 @@ The twin of `rules.py` and of `cpu.cpp`, and equal to them bit for bit where a G
 not contracted, division and square root round correctly, sums are taken in float64 and in a fixed order. Runs on CPU
 tensors in Triton's interpreter, which is how it is tested without a GPU.
 
-A program takes a chunk of one tensor, in tiles of ROWS rows of 32 weights: the blocks of int8 state. Tensors are found
-by address, in a table made for each step, since gradients move. There is no autotuning: it would run a step that
-writes in place several times.
+A program of a step takes a chunk of one tensor, in tiles of ROWS rows of 32 weights: the blocks of int8 state. Tensors
+are found by address, in a table made for each step, since gradients move. There is no autotuning: it would run a step
+that writes in place several times.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from to_finetune.optim.blocks import to_device
+from to_finetune.optim.blocks import keep_for_graphs, to_device
 from to_finetune.optim.kernels.batch import FORMATS, Piece, table_of
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def update(batch: Batch, scalars: Tensor, weights: bool, skip: Tensor | None) ->
 def _launch(kernel: Any, batch: Batch, scalars: Tensor, weights: bool, skip: Tensor | None) -> Tensor:
     device = batch.table.device
     variant, weight, gradient, state = batch.formats
-    chunks, begin = _programs(tuple(-(-p.numel() // CHUNK) for p in batch.params), device)
+    chunks, begin = _programs([-(-p.numel() // CHUNK) for p in batch.params], device)
     # Zeros, for the sums that a program does not take.
     partial = torch.zeros(len(chunks), 8, dtype=torch.float64, device=device)
     sums = torch.empty(len(batch.params), 8, dtype=torch.float64, device=device)
@@ -82,13 +82,20 @@ def _launch(kernel: Any, batch: Batch, scalars: Tensor, weights: bool, skip: Ten
             num_warps=WARPS,
             enable_fp_fusion=False,
         )
-        _combine[(len(batch.params),)](partial, begin, sums, COMBINED=COMBINED, num_warps=WARPS)
+        combine = _combine[(len(batch.params),)]
+        combine(partial, begin, sums, COMBINED=COMBINED, num_warps=WARPS, enable_fp_fusion=False)
     return sums
 
 
-@lru_cache(maxsize=256)
-def _programs(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _programs(counts: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """(tensor, chunk in it) of each program, int32, and the number of each tensor's first program, int64."""
+    programs, begin = _made_programs(tuple(counts), device)
+    keep_for_graphs(programs, begin)
+    return programs, begin
+
+
+@lru_cache(maxsize=256)
+def _made_programs(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     chunks = torch.tensor(counts)
     begin = torch.cat([chunks.new_zeros(1), chunks.cumsum(0)])
     which = torch.repeat_interleave(torch.arange(len(counts)), chunks)
@@ -98,29 +105,26 @@ def _programs(counts: tuple[int, ...], device: torch.device) -> tuple[Tensor, Te
 
 def add_squares(pieces: Sequence[Piece], sums: Tensor) -> None:
     """Add to `sums`, float64, the squares of the rows and columns of contiguous pieces of one format."""
+    _launch_on_pieces(_add_squares, pieces, [-(-piece.rows // HIGH) for piece in pieces], sums, OF_COLUMNS=False)
     for turn in sorted({piece.turn for piece in pieces}):
-        alike = [piece for piece in pieces if piece.turn == turn]
-        table = to_device(table_of(alike), sums.device)
-        rows, columns = [-(-piece.rows // HIGH) for piece in alike], [-(-piece.columns // WIDE) for piece in alike]
-        _launch_on_pieces(_add_squares, alike, rows, table, sums, OF_COLUMNS=False)
-        _launch_on_pieces(_add_squares, alike, columns, table, sums, OF_COLUMNS=True)
+        apart = [piece for piece in pieces if piece.turn == turn]
+        _launch_on_pieces(_add_squares, apart, [-(-piece.columns // WIDE) for piece in apart], sums, OF_COLUMNS=True)
 
 
 def scale(pieces: Sequence[Piece], factors: Tensor) -> None:
     """Multiply each element by its row's and its column's factor, in place, rounded after each."""
-    table = to_device(table_of(pieces), factors.device)
-    _launch_on_pieces(_scale, pieces, [-(-piece.rows // HIGH) for piece in pieces], table, factors)
+    _launch_on_pieces(_scale, pieces, [-(-piece.rows // HIGH) for piece in pieces], factors)
 
 
 def _launch_on_pieces(
-    kernel: Any, pieces: Sequence[Piece], blocks: Sequence[int], table: Tensor, numbers: Tensor, **options: bool
+    kernel: Any, pieces: Sequence[Piece], blocks: Sequence[int], numbers: Tensor, **options: bool
 ) -> None:
     """A program for each of a piece's blocks."""
-    programs, _ = _programs(tuple(blocks), table.device)
+    programs, _ = _programs(blocks, numbers.device)
     if len(programs):
-        with torch.cuda.device_of(table):
+        with torch.cuda.device_of(numbers):
             kernel[(len(programs),)](
-                table,
+                to_device(table_of(pieces), numbers.device),
                 programs,
                 numbers,
                 **options,
@@ -129,6 +133,7 @@ def _launch_on_pieces(
                 HIGH=HIGH,
                 WIDE=WIDE,
                 num_warps=WARPS,
+                enable_fp_fusion=False,
             )
 
 
