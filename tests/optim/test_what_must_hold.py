@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from to_finetune.optim import RankOneTO
+
 from .helpers import (
     OPTIMIZERS,
     copies,
@@ -52,6 +54,26 @@ def test_without_slope_it_is_torchs_sgd(variant: str, beta: float) -> None:
     run(OPTIMIZERS[variant](ours, lr=0.3, alpha=0.0, beta=beta), ours, 20)
     run(torch.optim.SGD(theirs, lr=0.3 * beta, momentum=1 - beta, dampening=0), theirs, 20)
     torch.testing.assert_close(flat(ours), flat(theirs), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("options", [{}, {"grad_scale": "factored"}, {"gamma_max": None}])
+def test_rank_one_with_relative_alpha_is_momentum_where_all_weights_start_at_zero(
+    options: dict[str, object], state_dtype: torch.dtype | None
+) -> None:
+    """As LoRA's B does; v of some zeros among other weights is zero there alone."""
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(6, 40)), torch.nn.Parameter(torch.eye(4))] for _ in range(2))
+    more = {"lr": 0.3, "relative_alpha": True, "state_dtype": state_dtype, **options}
+    optimizers = [RankOneTO(ours, alpha=0.3, **more), RankOneTO(theirs, alpha=0.0, **more)]  # type: ignore[arg-type]
+    for t in range(10):
+        grads = random_gradients(ours)
+        for optimizer, params in zip(optimizers, (ours, theirs), strict=True):
+            step(optimizer, params, grads)
+        assert torch.equal(ours[0], theirs[0])
+        assert not torch.equal(ours[1], theirs[1]) or t == 0
+    state = optimizers[0].state
+    assert not any(state[ours[0]][name].any() for name in ("u", "v"))
+    assert torch.equal(optimizers[1].state[theirs[1]]["v"] != 0, torch.eye(4) != 0)
 
 
 def test_without_rates_it_never_moves(variant: str) -> None:

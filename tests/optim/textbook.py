@@ -144,6 +144,8 @@ class Textbook:
         for block in self.blocks:
             where = torch.cat([self.indices[k] for k in block])
             self.state["v"] = self.state["v"].index_fill(0, where, max(1, len(where)) ** -0.5)
+        if self.options.relative_alpha:
+            self.state["v"] = torch.where(self.w == 0, 0.0, self.state["v"])
         self.error = float("nan")
 
     def step(self, grads: Sequence[Tensor | None]) -> None:

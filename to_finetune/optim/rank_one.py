@@ -20,7 +20,9 @@ class RankOneTO(TrainableOptimizer):
 
     State: ``u``, ``v`` and ``b``, of the weight's shape, and a 0-dim ``step``; 12 bytes a weight in float32.
     u starts at zero and v at ``1/sqrt(n)``, n the block's size: A starts at zero as the paper has it, but with
-    both factors zero it would stay there for ever.
+    both factors zero it would stay there for ever. With `relative_alpha` (ours) v is zero for weights that are zero
+    when their state is made: a tensor of them, as LoRA's B, has no scale that alpha could be in units of, u would take
+    a huge one from its first steps, and grow G with the weights. So it has no slope, and moves by momentum.
     """
 
     state_names = ("u", "v", "b")
@@ -30,6 +32,8 @@ class RankOneTO(TrainableOptimizer):
     def _start(self, group: Group, members: Sequence[Member]) -> None:
         for member in members:
             fill_(member.state, "v", max(1, self._block_size(group, member)) ** -0.5)
+            if group["relative_alpha"]:
+                member.state["v"] *= member.p != 0
 
     def _block_size(self, group: Group, member: Member) -> int:
         if group["scope"] == "tensor":
