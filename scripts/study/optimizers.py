@@ -114,7 +114,7 @@ class IdeaTO(Optimizer):
         squares = state.setdefault("squares", torch.zeros_like(g))
         squares.lerp_(g.square(), (state["t"] + 1) ** -0.8)
         scaled = g / _size_of(squares, "factored")
-        return _size_of(squares, "factored") * _scale(scaled, "tensor")
+        return (_size_of(squares, "factored") * _scale(scaled, "tensor")).clamp(min=SMALLEST_DIVISOR)
 
 
 def _scale(x: Tensor, of: str) -> Tensor:

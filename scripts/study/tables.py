@@ -26,7 +26,7 @@ import matplotlib.pyplot as plt
 
 FIRST = 0.2  # of the steps: the speed of the start
 REFERENCE = "adamw"
-DRAWN = ("adamw", "diagonal_to_factored", "diagonal_to", "momentum_rms", "rank_one_to", "muon")
+DRAWN = ("adamw", "diagonal_to_factored", "momentum_factored", "rank_one_to_factored", "adafactor", "muon")
 Run = dict[str, Any]
 
 
