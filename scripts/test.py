@@ -16,7 +16,7 @@ CHECKS = (
     ["ruff", "format", "--check", "."],
     ["mypy"],
     # One thread a process: two busy threads on few cores slow small tensors down a hundredfold.
-    ["pytest", "--numprocesses", "auto", *sys.argv[1:]],
+    ["pytest", "--numprocesses", "auto", "--dist", "worksteal", *sys.argv[1:]],
 )
 
 if __name__ == "__main__":

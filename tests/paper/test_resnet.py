@@ -97,6 +97,8 @@ class ByHand:
         self.method, self.w = method, w
         zeros = torch.zeros_like(w)
         v = torch.full_like(w, w.numel() ** -0.5)
+        if method.endswith("ours"):
+            v *= w != 0
         self.state = (zeros, v, zeros) if "rank_one" in method else (zeros, zeros)
 
     def step(self, g: Tensor, sizes: list[int], t: int, lr: float, alpha: float, beta: float) -> None:

@@ -13,15 +13,12 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from to_finetune.optim.kernels.batch import FORMATS, Piece, table_of
-
-if TYPE_CHECKING:
-    from to_finetune.optim.kernels.batch import Batch
+from to_finetune.optim.kernels.batch import FORMATS, Batch, Piece, table_of
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 # No contraction of a * b + c into one rounding: the results are those of the rules, to the bit.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -21,10 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from to_finetune.optim.blocks import keep_for_graphs, to_device
-from to_finetune.optim.kernels.batch import FORMATS, Piece, table_of
-
-if TYPE_CHECKING:
-    from to_finetune.optim.kernels.batch import Batch
+from to_finetune.optim.kernels.batch import FORMATS, Batch, Piece, table_of
 
 ROWS = tl.constexpr(64)
 BLOCK = tl.constexpr(32)
