@@ -286,6 +286,7 @@ def process(rank: int, world: int, folder: str, parts: Sequence[str]) -> None:
     if rank == 0:
         (Path(folder) / "results.json").write_text(json.dumps(results, indent=1))
     dist.destroy_process_group()
+    gc.unfreeze()
 
 
 def start(rank: int, world: int, folder: str) -> None:
