@@ -113,8 +113,8 @@ class IdeaTO(Optimizer):
             return _scale(g, self.scale)
         squares = state.setdefault("squares", torch.zeros_like(g))
         squares.lerp_(g.square(), (state["t"] + 1) ** -0.8)
-        scaled = g / _size_of(squares, "factored")
-        return (_size_of(squares, "factored") * _scale(scaled, "tensor")).clamp(min=SMALLEST_DIVISOR)
+        size = _size_of(squares, "factored")
+        return (size * _scale(g / size, "tensor")).clamp(min=SMALLEST_DIVISOR)
 
 
 def _scale(x: Tensor, of: str) -> Tensor:
