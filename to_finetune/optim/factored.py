@@ -18,7 +18,7 @@ from torch import Tensor
 
 from to_finetune.optim.blocks import to_device
 from to_finetune.optim.kernels import fused
-from to_finetune.optim.kernels.batch import FORMATS, Piece
+from to_finetune.optim.kernels.batch import Piece
 from to_finetune.optim.rules import accumulator
 from to_finetune.optim.sharding import Member, Shards, all_reduce
 
@@ -73,7 +73,7 @@ def equalize_(work: Sequence[tuple[Mapping[str, Any], list[Member]]], shapes: Se
 
 
 def _equalize(kind: Kind, matrices: Matrices) -> None:
-    kernels = _kernels(matrices.pieces) if kind.may_fuse and kind.dtype in FORMATS else None
+    kernels = _kernels(matrices.pieces) if kind.may_fuse else None
     if kernels and not kind.shards and hasattr(kernels, "equalize"):
         kernels.equalize(matrices.pieces)
         return
@@ -102,8 +102,9 @@ def _pieces(member: Member, columns: int, row: int, column: int) -> Iterator[Pie
 
 
 def _kernels(pieces: Sequence[Piece]) -> ModuleType | None:
-    is_known = all(piece.grad.is_contiguous() for piece in pieces)
-    return fused.kernels_for(pieces[0].grad.device.type) if is_known and pieces else None
+    if not pieces or not all(piece.grad.is_contiguous() for piece in pieces):
+        return None
+    return fused.kernels_like(pieces[0].grad, [pieces[0].grad.dtype])
 
 
 def _add_squares(pieces: Sequence[Piece], sums: Tensor) -> None:

@@ -77,7 +77,7 @@ def split(
         dtype = state[names[0]].dtype
         kind = (p.get_device(), p.dtype, member.grad.dtype, dtype, type(p), member.shards)
         if kind not in alike:
-            alike[kind] = (_kernels(p, kind[1:4]), [])
+            alike[kind] = (kernels_like(p, kind[1:4]), [])
         kernels, batch = alike[kind]
         scattered = member.first is None and (p.dtype != torch.float32 or dtype != torch.float32)  # needs its indices
         if kernels is None or scattered or not (p.is_contiguous() and all(state[x].is_contiguous() for x in names)):
@@ -88,8 +88,8 @@ def split(
     return [make_batch(kernels, variant, group, batch, names, may_skip) for kernels, batch in batches], others
 
 
-def _kernels(p: Tensor, formats: Sequence[torch.dtype]) -> ModuleType | None:
-    """Those for weights like p, with these formats of weights, gradients and state."""
+def kernels_like(p: Tensor, formats: Sequence[torch.dtype]) -> ModuleType | None:
+    """Those for tensors on the device of p, in these formats: of weights, gradients and state."""
     if not all(x in FORMATS for x in formats):
         return None
     return kernels_for(p.device.type)
