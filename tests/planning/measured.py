@@ -55,7 +55,7 @@ def real_model(work: Workload) -> Any:
             if p.requires_grad:
                 p.data = p.data.float()
     if work.checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
         model.disable_input_require_grads()
     if add_fused_lm_head:
         base = model.get_base_model() if work.lora else model

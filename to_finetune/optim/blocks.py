@@ -170,7 +170,7 @@ def _totals(group: Mapping[str, Any], sums: Tensor, members: Sequence[Member]) -
         if all(member.p.dtype != torch.float64 for member in members):
             factor = factor.float()
         ug = ug * factor
-    vw, ww, uu, ub = sums[:, [VW, WW, UU, UB]].unbind(1)
+    vw, ww, uu, ub = (sums[:, k] for k in (VW, WW, UU, UB))  # a list as the index would be copied to the device
     return Totals(sums[:, GG], factor, RankOneSums(vw, ww, uu, ub, ug, numels))
 
 

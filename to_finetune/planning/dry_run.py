@@ -259,7 +259,8 @@ def _kernels_of(device: str) -> Iterator[None]:
         return
     in_place: dict[str, Any] = dict.fromkeys(("_forward_tile", "_backward_tile"), lambda *args, **kwargs: None)
     if hasattr(aten.addmm, "dtype_out"):  # torch 2.8; before, TRL makes the copies on a GPU as well
-        in_place["_addmm_fp32"] = lambda acc, a, b: torch.addmm(acc, a, b, out_dtype=torch.float32, out=acc)
+        # In float32 as acc is, since torch before 2.13 knows no products of mixed dtypes without data.
+        in_place["_addmm_fp32"] = lambda acc, a, b: torch.addmm(acc, _like(a, acc), _like(b, acc), out=acc)
     before = {name: getattr(chunked_logprob, name) for name in in_place}
     try:
         if device != "cpu":
@@ -267,6 +268,11 @@ def _kernels_of(device: str) -> Iterator[None]:
         yield
     finally:
         vars(chunked_logprob).update(before)
+
+
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    """A tensor of x's shape and other's dtype that takes no memory."""
+    return other.new_empty(()).expand(x.shape)
 
 
 def _flash(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
