@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import ModuleType
 from unittest import mock
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from to_finetune.optim import DiagonalTO, factored
-from to_finetune.optim.kernels.batch import Piece
+from to_finetune.optim.kernels.batch import Piece, Pieces
 from to_finetune.optim.sharding import Member
 
 from .test_fast_paths import cpu, needs_compiler, triton
@@ -28,7 +29,7 @@ def pieces(dtype: torch.dtype) -> tuple[list[Piece], int]:
 
 
 def clones(of: list[Piece]) -> list[Piece]:
-    return [piece._replace(grad=piece.grad.clone()) for piece in of]
+    return [replace(piece, grad=piece.grad.clone()) for piece in of]
 
 
 @pytest.fixture(params=[pytest.param(cpu, marks=needs_compiler), triton], ids=["cpp", "triton"])
@@ -47,15 +48,15 @@ def test_the_kernels_equal_the_plain_path(
     fused = clones(plain)
     plain_sums, fused_sums, again = (torch.ones(size, dtype=torch.float64) for _ in range(3))
     factored._add_squares(plain, plain_sums)
-    kernels.add_squares(fused, fused_sums)
+    kernels.add_squares(Pieces(fused), fused_sums)
     torch.testing.assert_close(fused_sums, plain_sums, rtol=1e-13, atol=0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    kernels.add_squares(fused, again)
+    kernels.add_squares(Pieces(fused), again)
     assert torch.equal(fused_sums, again)
 
     factors = (plain_sums + 0.1).rsqrt().to(dtype)
     factored._scale(plain, factors)
-    kernels.scale(fused, factors)
+    kernels.scale(Pieces(fused), factors)
     for one, other in zip(plain, fused, strict=True):
         assert torch.equal(one.grad, other.grad)
 
@@ -100,7 +101,7 @@ def test_wide_pieces_equal_the_plain_path() -> None:
     wide = [Piece(torch.randn(2, 600_000), 600_002 * i, 600_002 * i + 2) for i in range(3)]
     plain, fused = torch.zeros(2, 3 * 600_002, dtype=torch.float64)
     factored._add_squares(wide, plain)
-    cpu().add_squares(wide, fused)
+    cpu().add_squares(Pieces(wide), fused)
     torch.testing.assert_close(fused, plain, rtol=1e-13, atol=0)
 
 
@@ -118,7 +119,11 @@ def test_what_is_not_finite_stays_so(dtype: torch.dtype, value: float, kernels: 
     grad = torch.randn(4, 5).to(dtype)
     grad[1, 2] = value
     plain = equalized(grad.clone(), factored._add_squares, factored._scale)
-    fused = equalized(grad.clone(), kernels.add_squares, kernels.scale)
+    fused = equalized(
+        grad.clone(),
+        lambda pieces, sums: kernels.add_squares(Pieces(pieces), sums),
+        lambda pieces, factors: kernels.scale(Pieces(pieces), factors),
+    )
     assert plain[1, 2].isnan()
     assert torch.equal(plain.isnan(), fused.isnan())
 
@@ -146,6 +151,6 @@ def test_whole_matrices_in_one_call_equal_the_plain_path(
     squares = torch.zeros(sum(sizes), dtype=torch.float64)
     factored._add_squares(plain, squares)
     factored._scale(plain, factored._factors_(squares, torch.tensor(sizes)).to(dtype))
-    cpu().equalize(fused)
+    cpu().equalize(Pieces(fused))
     for one, other in zip(plain, fused, strict=True):
         torch.testing.assert_close(other.grad, one.grad, rtol=torch.finfo(dtype).eps, atol=0, equal_nan=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from to_finetune.optim.rules import RankOneSums, rms_factor
+from to_finetune.optim.rules import RankOneSums, accumulator, rms_factor
 from to_finetune.optim.sharding import Member, Shards, all_reduce
 
 GG, PEAK, UG, WW, VW, UU, UB, ERROR = range(8)  # columns of sums; g.g, max|g|, u.g, w.w, v.w, u.u, u.b, |G - g|^2
@@ -75,6 +76,11 @@ class Part:
     def shards(self) -> Shards:
         return self.members[0].shards
 
+    @cached_property
+    def numels(self) -> Tensor:
+        """`numels_of` its members."""
+        return numels_of(self.members)
+
     @property
     def needs_weight_sums(self) -> bool:
         return needs_weight_sums(self.variant, self.group)
@@ -119,13 +125,14 @@ def share(variant: str, may_skip: bool, work: Work, parts: Sequence[Part]) -> li
             if part.shards:
                 rows, table = tables[part.shards]
                 sums = table[_index(rows, part.members, table.device)].to(sums.device)
-            part.totals = _totals(group, sums, part.members)
+            part.totals = _totals(group, sums, part.members, part.numels)
         if measured and is_group_wide(variant, group):
             blocks = [part.totals.block for part in measured if part.totals and not part.shards]
             for shards, (rows, table) in tables.items():
                 once = list({member.position: member for member in members if member.shards == shards}.values())
                 if once:
-                    blocks.append(_totals(group, table[_index(rows, once, table.device)], once).block)
+                    sums = table[_index(rows, once, table.device)]
+                    blocks.append(_totals(group, sums, once, numels_of(once)).block)
             columns = zip(*blocks, strict=True)
             whole = [torch.stack([x.sum().to(blocks[0].n.device) for x in column]).sum() for column in columns]
             for part in measured:
@@ -161,9 +168,14 @@ def _index(rows: Mapping[int, int], members: Sequence[Member], device: torch.dev
     return to_device(torch.tensor([rows[member.position] for member in members]), device)
 
 
-def _totals(group: Mapping[str, Any], sums: Tensor, members: Sequence[Member]) -> Totals:
+def numels_of(members: Sequence[Member]) -> Tensor:
+    """The numbers of weights of the members' whole tensors, on the first one's device, in what sums are taken in."""
+    device = members[0].p.device
+    return to_device(torch.tensor([float(member.numel) for member in members], dtype=accumulator(device)), device)
+
+
+def _totals(group: Mapping[str, Any], sums: Tensor, members: Sequence[Member], numels: Tensor) -> Totals:
     """From the sums over whole tensors, each a block; those of the gradient are of the scaled one."""
-    numels = to_device(torch.tensor([float(member.numel) for member in members], dtype=sums.dtype), sums.device)
     factor, ug = None, sums[:, UG]
     if group["grad_scale"] is not None:
         factor = rms_factor(sums[:, GG].sqrt(), numels)
@@ -183,10 +195,10 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def keep_for_graphs(*tensors: Tensor) -> None:
+def keep_for_graphs(*read: Any) -> None:
     """Keep alive what a CUDA graph that is being captured will read at each replay."""
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        _READ_BY_GRAPHS.extend(tensors)
+        _READ_BY_GRAPHS.extend(read)
 
 
-_READ_BY_GRAPHS: list[Tensor] = []  # a graph may live as long as the process
+_READ_BY_GRAPHS: list[Any] = []  # a graph may live as long as the process

@@ -23,11 +23,11 @@ class Diagnostics:
         self._squares: dict[Shards, dict[Piece, tuple[Tensor, Tensor]]] = {}  # |G - g|^2 and |g|^2
         self._peaks: dict[Shards, dict[Piece, Tensor]] = {}  # max|g| / |g|
 
-    def expect(self, members: Iterable[Member]) -> None:
+    def expect(self, sharers: Iterable[Shards]) -> None:
         """Also where no weight is held here: what is added up later is added up by all processes."""
-        for member in members:
-            self._squares.setdefault(member.shards, {})
-            self._peaks.setdefault(member.shards, {})
+        for shards in sharers:
+            self._squares.setdefault(shards, {})
+            self._peaks.setdefault(shards, {})
 
     def add_squares(self, member: Member, error: Tensor, norm: Tensor) -> None:
         """``||G - g||^2`` and ``||g||^2`` of a member, or of a batch that begins with it."""

@@ -8,6 +8,7 @@ largest values that they would store, and only then are stored.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def _part(member: Member, start: int, stop: int) -> Member:
     """Some of a member's weights."""
     first = member.first or 0
     block = (first + start) // BLOCK - first // BLOCK
-    return member._replace(
+    return replace(
+        member,
         p=member.p.view(-1)[start:stop],
         grad=member.grad.reshape(-1)[start:stop],
         state=cut(member.state, start, stop - start, block, blocks_of(first + start, stop - start)),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,27 +19,13 @@ from torch import Tensor
 
 from to_finetune.optim.blocks import to_device
 from to_finetune.optim.kernels import fused
-from to_finetune.optim.kernels.batch import Piece
+from to_finetune.optim.kernels.batch import Piece, Pieces
 from to_finetune.optim.rules import accumulator
 from to_finetune.optim.sharding import Member, Shards, all_reduce
 
 CHUNK = 1 << 18  # elements that the plain path squares at a time
 LARGEST = 1 << 21  # rows and columns that are measured together: 17 MB of sums, and twice that to make factors of them
 SMALLEST = 1e-8  # a row below a ten-thousandth of the matrix's root mean square is noise, and stays small
-
-
-@dataclass
-class Matrices:
-    """Those that are measured together: what of them is here, and each one's numbers of rows and columns."""
-
-    pieces: list[Piece] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    size: int = 0  # their sum
-
-    def add(self, member: Member, rows: int, columns: int) -> None:
-        self.pieces += _pieces(member, columns, self.size, self.size + rows)
-        self.sizes += [rows, columns]
-        self.size += rows + columns
 
 
 class Kind(NamedTuple):
@@ -50,8 +37,43 @@ class Kind(NamedTuple):
     may_fuse: bool
 
 
-def equalize_(work: Sequence[tuple[Mapping[str, Any], list[Member]]], shapes: Sequence[torch.Size]) -> None:
-    """Scale the gradients of matrices in place, in the groups that ask for it; vectors are left as they are.
+@dataclass
+class Matrices:
+    """Those that are measured together: what of them is here, and each one's numbers of rows and columns."""
+
+    kind: Kind
+    members: list[Member] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    size: int = 0  # their sum
+
+    def add(self, member: Member, rows: int, columns: int) -> None:
+        self.members.append(member)
+        self.pieces += _pieces(member, columns, self.size, self.size + rows)
+        self.sizes += [rows, columns]
+        self.size += rows + columns
+
+    def take_gradients(self) -> None:
+        """The members' new ones; they must be whole."""
+        for piece, member in zip(self.pieces, self.members, strict=True):
+            piece.grad = member.grad
+
+    @cached_property
+    def sizes_on_device(self) -> Tensor:
+        return to_device(torch.tensor(self.sizes), self.kind.device)
+
+    @cached_property
+    def fused(self) -> tuple[ModuleType, Pieces] | None:
+        """The kernels for its pieces, and these as the kernels take them; None where the plain path scales them."""
+        contiguous = all(piece.grad.is_contiguous() for piece in self.pieces)
+        if not (self.kind.may_fuse and self.pieces and contiguous):
+            return None
+        kernels = fused.kernels_like(self.pieces[0].grad, [self.kind.dtype])
+        return None if kernels is None else (kernels, Pieces(self.pieces))
+
+
+def matrices_of(work: Sequence[tuple[Mapping[str, Any], list[Member]]], shapes: Sequence[torch.Size]) -> list[Matrices]:
+    """Those of the groups that ask for it, as they are measured together; vectors are left as they are.
 
     Args:
         work: the groups and all their members, also those without a weight on this process, which add nothing.
@@ -63,25 +85,30 @@ def equalize_(work: Sequence[tuple[Mapping[str, Any], list[Member]]], shapes: Se
             rows, columns = shapes[member.position][:1].numel(), shapes[member.position][1:].numel()
             if len(shapes[member.position]) > 1:
                 kind = Kind(member.shards, member.grad.device, member.grad.dtype, fused.may_fuse(group))
-                together = alike.setdefault(kind, [Matrices()])
+                together = alike.setdefault(kind, [Matrices(kind)])
                 if together[-1].size > LARGEST:
-                    together.append(Matrices())
+                    together.append(Matrices(kind))
                 together[-1].add(member, rows, columns)
-    for kind, together in alike.items():
-        for matrices in together:
-            _equalize(kind, matrices)
+    return [matrices for together in alike.values() for matrices in together]
 
 
-def _equalize(kind: Kind, matrices: Matrices) -> None:
-    kernels = _kernels(matrices.pieces) if kind.may_fuse else None
+def equalize_(matrices: Matrices) -> None:
+    """Scale their gradients in place."""
+    kind = matrices.kind
+    kernels, pieces = matrices.fused or (None, None)
     if kernels and not kind.shards and hasattr(kernels, "equalize"):
-        kernels.equalize(matrices.pieces)
+        kernels.equalize(pieces)
         return
     squares = torch.zeros(matrices.size, dtype=accumulator(kind.device), device=kind.device)
-    (kernels.add_squares if kernels else _add_squares)(matrices.pieces, squares)
-    sizes = to_device(torch.tensor(matrices.sizes), kind.device)
-    factors = _factors_(all_reduce(squares, kind.shards), sizes).to(kind.dtype)
-    (kernels.scale if kernels else _scale)(matrices.pieces, factors)
+    if kernels:
+        kernels.add_squares(pieces, squares)
+    else:
+        _add_squares(matrices.pieces, squares)
+    factors = _factors_(all_reduce(squares, kind.shards), matrices.sizes_on_device).to(kind.dtype)
+    if kernels:
+        kernels.scale(pieces, factors)
+    else:
+        _scale(matrices.pieces, factors)
 
 
 def _pieces(member: Member, columns: int, row: int, column: int) -> Iterator[Piece]:
@@ -99,12 +126,6 @@ def _pieces(member: Member, columns: int, row: int, column: int) -> Iterator[Pie
         yield Piece(grad[at - first :][: rows * width].view(rows, width), row + i, column + j, turn)
         at += rows * width
         turn += 1
-
-
-def _kernels(pieces: Sequence[Piece]) -> ModuleType | None:
-    if not pieces or not all(piece.grad.is_contiguous() for piece in pieces):
-        return None
-    return fused.kernels_like(pieces[0].grad, [pieces[0].grad.dtype])
 
 
 def _add_squares(pieces: Sequence[Piece], sums: Tensor) -> None:

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from to_finetune.optim import edges
-from to_finetune.optim.blocks import ERROR, GG, PEAK, SUMS, WW, New, Part, share
+from to_finetune.optim.blocks import ERROR, GG, PEAK, SUMS, WW, New, Part, keep_for_graphs, share
 from to_finetune.optim.diagnostics import Diagnostics
-from to_finetune.optim.factored import equalize_
+from to_finetune.optim.factored import Matrices, equalize_, matrices_of
 from to_finetune.optim.kernels import fused as fused_path
-from to_finetune.optim.kernels.batch import Batch, Carried, as_vector, may_read
+from to_finetune.optim.kernels.batch import Batch, Carried, may_read
 from to_finetune.optim.kernels.inplace import Rule, member_bits, moved, store_
+from to_finetune.optim.prepared import Counts, Prepared
 from to_finetune.optim.rules import sum_of_squares
 from to_finetune.optim.schedules import Rates, decoupled_decay, rates_at
 from to_finetune.optim.sharding import Member, Shards, all_reduce, members_of
@@ -138,6 +139,7 @@ class TrainableOptimizer(StatefulOptimizer):
     def forget_last_step(self) -> None:
         """Drop what is remembered of the last step; for whoever changes weights or state behind autograd's back."""
         self._carried: dict[int, Carried] = {}  # by the position of a batch's first member
+        self._prepared: Prepared | None = None  # where the next step may be like the last one
         self._skip: Tensor | None = None  # whether the last step was skipped, where that is asked for
         self._edge_slots: edges.Slots = {}
         self._diagnostics = Diagnostics()
@@ -158,16 +160,24 @@ class TrainableOptimizer(StatefulOptimizer):
 
     @torch.compiler.disable(recursive=True)  # the kernels are compiled already; a user's compiled loop calls them
     def _take_step(self) -> None:
-        work = [(group, self._members(group)) for group in self.param_groups]
-        first = next((member for _, members in work for member in members), None)
+        step, self._prepared = self._prepared, None
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if step is None or capturing or not step.renew(self.param_groups, self.state):
+            step = self._prepare([(group, self._members(group)) for group in self.param_groups])
+        first = next((member for _, members in step.work for member in members), None)
         if first is None:
             return
         if not first.is_flat:  # DeepSpeed steps its partitions one by one
             self._diagnostics = Diagnostics()
-        self._step_members(work)
-        for group, members in work:
+        self._step_members(step)
+        for group, members in step.work:
             if members and group["max_norm"] is not None:
                 self._project(group)
+        step.let_go()
+        if capturing:
+            keep_for_graphs(step)  # its arrays are read at each replay, and not filled before
+        elif step.repeats:
+            self._prepared = step
 
     @torch.no_grad()
     @torch.compiler.disable(recursive=True)
@@ -180,15 +190,23 @@ class TrainableOptimizer(StatefulOptimizer):
         """
         group = self.param_groups[group_index]
         p = group["params"][index]
-        self._step_members([(group, self._members_of(group, p, p.grad, self._layout(group, index, p)))])
+        members = self._members_of(group, p, p.grad, self._layout(group, index, p))
+        self._step_members(self._prepare([(group, members)]))
 
-    def _step_members(self, work: Sequence[tuple[Group, list[Member]]]) -> None:
-        """Move these weights, and count the step."""
+    def _prepare(self, work: Sequence[tuple[Group, list[Member]]]) -> Prepared:
+        matrices: list[Matrices] = []
         if any(group["grad_scale"] == "factored" for group, _ in work):
-            equalize_(work, [shape for known in self._given for shape in known.shapes])
+            matrices = matrices_of(work, [shape for known in self._given for shape in known.shapes])
         may_skip = any(group["skip_nonfinite"] for group, _ in work)
         parts = [part for group, members in work for part in self._parts(group, members, may_skip)]
-        self._diagnostics.expect(member for _, members in work for member in members)
+        return Prepared(work, parts, matrices, self.state)
+
+    def _step_members(self, step: Prepared) -> None:
+        """Move the weights, and count the step."""
+        for matrices in step.matrices:
+            equalize_(matrices)
+        work, parts, may_skip = step.work, step.parts, any(group["skip_nonfinite"] for group, _ in step.work)
+        self._diagnostics.expect(step.sharers)
         self._measure(parts)
         norms = share(self.variant, may_skip, work, parts)
         for part in parts:
@@ -202,8 +220,8 @@ class TrainableOptimizer(StatefulOptimizer):
                 else:
                     self._update(part)
             edges.store(work, [new for part in parts for new in part.pending or ()], self._edge_slots)
-        for group, members in work:
-            self._count(group, members)
+        for counts in step.counts:
+            self._count(counts)
 
     def _parts(self, group: Group, members: list[Member], may_skip: bool) -> list[Part]:
         """Those that the fused kernels take, in batches, the others, and edges of int8 blocks apart."""
@@ -249,25 +267,15 @@ class TrainableOptimizer(StatefulOptimizer):
     def _update(self, part: Part) -> None:
         """Move weights and state of a part on the plain path."""
 
-    def _count(self, group: Group, members: Sequence[Member]) -> None:
+    def _count(self, counts: Counts) -> None:
         """Count the step, or that it was skipped."""
-        alike: dict[torch.device, list[dict[str, Tensor]]] = {}
-        for owner in dict.fromkeys(member.owner for member in members):
-            state = self.state[owner]
-            alike.setdefault(state["step"].device, []).append(state)
-        for device, states in alike.items():
-            amounts: dict[str, float | Tensor] = {"step": 1.0}
-            if self._skip is not None:
-                skipped = self._skip.to(device, torch.float32)
-                amounts["step"] = 1.0 - skipped
-                if group["skip_nonfinite"]:
-                    amounts["skipped"] = skipped
-            for name, amount in amounts.items():
-                counts = as_vector(states, name)
-                counts += amount
-                if states[0][name]._base is not counts:  # new, or of a loaded state, which may share one tensor
-                    for state, count in zip(states, counts.unbind(), strict=True):
-                        state[name] = count
+        if self._skip is None:
+            counts.add("step", 1.0)
+            return
+        skipped = self._skip.to(counts.device, torch.float32)
+        counts.add("step", 1.0 - skipped)
+        if counts.group["skip_nonfinite"]:
+            counts.add("skipped", skipped)
 
     def _rates(self, group: Mapping[str, Any], member: Member, dtype: torch.dtype) -> Rates:
         """The rates of a parameter's next step, on the plain path."""

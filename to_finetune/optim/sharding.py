@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ from to_finetune.optim.state import blocks_of, exponents_name, new_state, pack, 
 Shards = tuple[ProcessGroup, ...]  # the processes that together hold a parameter; empty where each one has all of it
 
 
-class Member(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Member:
     """A run of one parameter's flattened weights, with gradient and state: all of the parameter, or a shard of it.
 
     Attributes:

@@ -8,13 +8,12 @@ gradients have a table of `Piece`s.
 from __future__ import annotations
 
 import operator
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from itertools import chain
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from to_finetune.optim.state import exponents_name
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 VARIANTS = {"diagonal": 0, "rank_one": 1}
 STATES = 3  # columns of the table for state, more than Diagonal needs
-NUMEL, KEY, COLUMNS = 8, 10, 11
+GRADIENT, NUMEL, KEY, COLUMNS = 1, 8, 10, 11
 LR, DECAY, WEIGHT_DECAY, FACTOR, BETA, KEEP, OWN, SCALARS = 0, 1, 2, 3, 4, 5, 6, 10
 
 
@@ -36,19 +35,77 @@ class Batch(Part):
 
     Attributes:
         formats: numbers of the variant and of the formats of weights, gradients and state, as the kernels know them.
-        pointers: the addresses of the weights.
+        names: of the state.
+        grads: the members' gradients, contiguous.
         aligned: whether all addresses are multiples of 16.
-        table: (members, 11) int64 on the kernels' device; its KEY is at first the parameter's index in the optimizer.
+        table: (members, 11) int64 on the kernels' device.
         held: the sums over weights and state that the last step left and that still hold, (members, 8) float64.
+        taken: the members' numbers of steps, where they are known to be one tensor.
     """
 
     kernels: ModuleType = field(kw_only=True)
     formats: tuple[int, int, int, int] = field(kw_only=True)
-    grads: list[Tensor] = field(kw_only=True)
-    pointers: list[int] = field(kw_only=True)
-    aligned: bool = field(kw_only=True)
-    table: Tensor = field(kw_only=True)
+    names: Sequence[str] = field(kw_only=True)
+    grads: list[Tensor] = field(init=False)
+    aligned: bool = field(init=False)
+    table: Tensor = field(init=False)
     held: Tensor | None = None
+    taken: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self._places = self._find()
+        self._alignment = reduce(operator.or_, chain.from_iterable(self._places[: 1 + len(self.names)]))
+        unused = [0] * len(self.members)
+        states, exponents = self._places[1 : 1 + len(self.names)], self._places[1 + len(self.names) :]
+        columns = [
+            self.pointers,
+            unused,
+            *(*states, *[unused] * STATES)[:STATES],
+            *(*exponents, *[unused] * STATES)[:STATES],
+            self.numbers,
+            [member.first or 0 for member in self.members],
+            unused,
+        ]
+        self._rows = torch.tensor(columns).t().contiguous()
+        self.take_gradients()
+
+    def take_gradients(self) -> None:
+        """Look where the members' gradients lie, and forget what was summed up with others."""
+        self.grads = [member.grad.contiguous() for member in self.members]
+        addresses = [grad.data_ptr() for grad in self.grads]
+        self._rows[:, GRADIENT] = torch.tensor(addresses)
+        self.aligned = reduce(operator.or_, addresses, self._alignment) % 16 == 0
+        self.table = to_device(self._rows, self.device)
+        self.sums = self.totals = self.held = None
+
+    def is_in_place(self) -> bool:
+        """Whether weights and state lie where they lay when this was made."""
+        return self._find() == self._places and all(p.is_contiguous() for p in self.params)
+
+    def _find(self) -> list[list[int]]:
+        """The addresses of weights, state and exponents."""
+        is_int8 = self.formats[3] == FORMATS[torch.int8]
+        names = [*self.names, *map(exponents_name, self.names if is_int8 else ())]
+        return [[p.data_ptr() for p in self.params], *([state[x].data_ptr() for state in self.states] for x in names)]
+
+    @property
+    def pointers(self) -> list[int]:
+        """The addresses of the weights."""
+        return self._places[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.params[0].device
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """The parameters' indices in the optimizer, (members,) int64 on the kernels' device."""
+        return to_device(torch.tensor([member.position for member in self.members]), self.device)
+
+    @cached_property
+    def numbers(self) -> tuple[int, ...]:
+        """Of the weights of this process."""
+        return tuple(p.numel() for p in self.params)
 
     @cached_property
     def params(self) -> list[Tensor]:
@@ -108,37 +165,11 @@ def make_batch(
     names: Sequence[str],
     may_skip: bool,
 ) -> Batch:
-    ps, states = [member.p for member in members], [member.state for member in members]
-    grads = [member.grad.contiguous() for member in members]
-    pointers = [p.data_ptr() for p in ps]
-    state_dtype = states[0][names[0]].dtype
-    unused = [0] * len(ps)
-    exponents = [exponents_name(name) for name in names] if state_dtype == torch.int8 else []
-    addresses = [
-        pointers,
-        [g.data_ptr() for g in grads],
-        *([state[name].data_ptr() for state in states] for name in names),
-        *[unused] * (STATES - len(names)),
-        *([state[name].data_ptr() for state in states] for name in exponents),
-        *[unused] * (STATES - len(exponents)),
-    ]
-    first = [member.first or 0 for member in members]
-    columns = [*addresses, [p.numel() for p in ps], first, [member.position for member in members]]
-    table = torch.frombuffer(array("q", chain.from_iterable(zip(*columns, strict=True))), dtype=torch.int64)
-    aligned = reduce(operator.or_, chain.from_iterable(addresses[: 2 + len(names)])) % 16 == 0
-    device = ps[0].device
-    return Batch(
-        group,
-        variant,
-        members,
-        may_skip,
-        kernels=kernels,
-        formats=(VARIANTS[variant], FORMATS[ps[0].dtype], FORMATS[grads[0].dtype], FORMATS[state_dtype]),
-        grads=grads,
-        pointers=pointers,
-        aligned=aligned,
-        table=to_device(table.view(-1, COLUMNS), device),
-    )
+    first = members[0]
+    dtypes = (first.p.dtype, first.grad.dtype, first.state[names[0]].dtype)
+    weight, gradient, state = (FORMATS[dtype] for dtype in dtypes)
+    formats = (VARIANTS[variant], weight, gradient, state)
+    return Batch(group, variant, members, may_skip, kernels=kernels, formats=formats, names=names)
 
 
 def signed_decay_and_sign(group: Mapping[str, Any]) -> tuple[float, float]:
@@ -149,7 +180,7 @@ def signed_decay_and_sign(group: Mapping[str, Any]) -> tuple[float, float]:
 
 def rows(row: Sequence[float], batch: Batch) -> Tensor:
     """The same scalars for all tensors."""
-    return to_device(torch.tensor(row).expand(len(batch.params), SCALARS).contiguous(), batch.table.device)
+    return to_device(torch.tensor(row).expand(len(batch.members), SCALARS).contiguous(), batch.device)
 
 
 def as_vector(states: Sequence[dict[str, Tensor]], name: str) -> Tensor:
@@ -167,7 +198,8 @@ def may_read(group: Mapping[str, Any], count: Tensor) -> bool:
     return count.device.type == "cpu" and not group["capturable"]
 
 
-class Piece(NamedTuple):
+@dataclass(slots=True, eq=False)
+class Piece:
     """Rows of a gradient, or a part of one row.
 
     Attributes:
@@ -190,7 +222,34 @@ class Piece(NamedTuple):
         return self.grad.shape[1:].numel()
 
 
-def table_of(pieces: Sequence[Piece]) -> Tensor:
-    """(pieces, 5) int64: address, rows, columns, and the places of the first ones."""
-    rows = [(p.grad.data_ptr(), p.rows, p.columns, p.row, p.column) for p in pieces]
-    return torch.tensor(rows, device="cpu").view(-1, 5)
+@dataclass(eq=False)
+class Pieces:
+    """What the kernels of factored gradients take in one call: pieces of one format on one device."""
+
+    pieces: list[Piece]
+
+    @property
+    def format(self) -> int:
+        return FORMATS[self.pieces[0].grad.dtype]
+
+    @cached_property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of each."""
+        return tuple((piece.rows, piece.columns) for piece in self.pieces)
+
+    @cached_property
+    def table(self) -> Tensor:
+        """(pieces, 5) int64 on the host: address, rows, columns, and the places of the first ones."""
+        rows = [(0, *size, piece.row, piece.column) for size, piece in zip(self.sizes, self.pieces, strict=True)]
+        return torch.tensor(rows, device="cpu").view(-1, 5)
+
+    def renewed_table(self) -> Tensor:
+        """The table with the addresses of the gradients that the pieces have now."""
+        self.table[:, 0] = torch.tensor([piece.grad.data_ptr() for piece in self.pieces])
+        return self.table
+
+    @property
+    def aligned(self) -> bool:
+        """Whether all rows begin at multiples of 16 bytes."""
+        whole = all(columns % 16 == 0 for _, columns in self.sizes)
+        return whole and all(piece.grad.data_ptr() % 16 == 0 for piece in self.pieces)

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from to_finetune.optim.kernels.batch import FORMATS, Batch, Piece, table_of
+from to_finetune.optim.kernels.batch import Batch, Pieces
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 # No contraction of a * b + c into one rounding: the results are those of the rules, to the bit.
@@ -50,26 +49,26 @@ def measure_and_update(batch: Batch, scalars: Tensor, weights: bool, held: Tenso
     return _call("measure_and_update", batch, scalars, weights, _address(held), *flags)
 
 
-def add_squares(pieces: Sequence[Piece], sums: Tensor) -> None:
+def add_squares(pieces: Pieces, sums: Tensor) -> None:
     """Add to `sums`, float64, the squares of the rows and columns of contiguous pieces of one format."""
     _call_on_pieces("add_row_and_column_squares", pieces, sums)
 
 
-def scale(pieces: Sequence[Piece], factors: Tensor) -> None:
+def scale(pieces: Pieces, factors: Tensor) -> None:
     """Multiply each element by its row's and its column's factor, in place, rounded after each."""
     _call_on_pieces("scale_rows_and_columns", pieces, factors.float())
 
 
-def equalize(matrices: Sequence[Piece]) -> None:
+def equalize(matrices: Pieces) -> None:
     """All of `factored.equalize_`, in place, for whole contiguous matrices of one format."""
     _call_on_pieces("equalize", matrices)
 
 
-def _call_on_pieces(function: str, pieces: Sequence[Piece], *numbers: Tensor) -> None:
-    if pieces:
-        table, threads = table_of(pieces), torch.get_num_threads()
+def _call_on_pieces(function: str, pieces: Pieces, *numbers: Tensor) -> None:
+    if pieces.pieces:
+        table, threads = pieces.renewed_table(), torch.get_num_threads()
         arrays = (_address(x) for x in (table, *numbers))
-        library()[function](FORMATS[pieces[0].grad.dtype], ctypes.c_int64(len(pieces)), *arrays, threads)
+        library()[function](pieces.format, ctypes.c_int64(len(table)), *arrays, threads)
 
 
 def _call(function: str, batch: Batch, scalars: Tensor, weights: bool, *more: Any) -> Tensor:

@@ -140,8 +140,8 @@ def step(batch: Batch, skip: Tensor | None, carried: dict[int, Carried]) -> Tens
 
 def _scalars(batch: Batch) -> Tensor:
     """The rates of each tensor, (tensors, 10) float32; sets the keys of its random bits."""
-    group, device = batch.group, batch.table.device
-    taken = as_vector(batch.states, "step")
+    group, device = batch.group, batch.device
+    taken = as_vector(batch.states, "step") if batch.taken is None else batch.taken
     lr_on_device = isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu"
     if may_read(group, taken) and not lr_on_device:
         steps = taken.tolist()
@@ -154,7 +154,7 @@ def _scalars(batch: Batch) -> Tensor:
         columns = (torch.as_tensor(x).double() for x in _columns(group, taken))
         scalars = torch.stack([taken * 0 + x for x in columns], dim=1).float()
     if any(number != FORMATS[torch.float32] for number in (batch.formats[1], batch.formats[3])):
-        batch.table[:, KEY] = state_key(group["seed"], taken.long(), batch.table[:, KEY])
+        batch.table[:, KEY] = state_key(group["seed"], taken.long(), batch.positions)
     return scalars
 
 

@@ -11,7 +11,7 @@ that writes in place several times.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -21,17 +21,21 @@ import triton.language as tl
 from torch import Tensor
 
 from to_finetune.optim.blocks import keep_for_graphs, to_device
-from to_finetune.optim.kernels.batch import FORMATS, Batch, Piece, table_of
+from to_finetune.optim.kernels.batch import Batch, Pieces
 
 ROWS = tl.constexpr(64)
-BLOCK = tl.constexpr(32)
+BLOCK, FOURS = tl.constexpr(32), tl.constexpr(8)
 TILE = tl.constexpr(64 * 32)
 TILES = 8  # in a chunk
 CHUNK = 64 * 32 * TILES
 COMBINED = 256  # chunks' sums that are added up at a time
 HIGH, WIDE = 32, 128  # rows and columns of a gradient that are squared or scaled at a time
+TALL = 512  # rows whose squares one program adds up
+AT_ONCE = 1 << 29  # elements of gradients that are squared in one launch
 WARPS = 8
 SMALLEST_DIVISOR = tl.constexpr(1e-30)
+
+SHIFT = tl.constexpr(12582912.0)  # 1.5 * 2^23: a small integer more changes its last bits; faster than conversions
 
 FLOAT32, BFLOAT16, INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 GG, PEAK, UG, WW, VW, UU, UB, ERROR, SUMS = (tl.constexpr(k) for k in range(9))
@@ -57,7 +61,7 @@ def update(batch: Batch, scalars: Tensor, weights: bool, skip: Tensor | None) ->
 def _launch(kernel: Any, batch: Batch, scalars: Tensor, weights: bool, skip: Tensor | None) -> Tensor:
     device = batch.table.device
     variant, weight, gradient, state = batch.formats
-    chunks, begin = _programs([-(-p.numel() // CHUNK) for p in batch.params], device)
+    chunks, begin = _programs([-(-n // CHUNK) for n in batch.numbers], device)
     # Zeros, for the sums that a program does not take.
     partial = torch.zeros(len(chunks), 8, dtype=torch.float64, device=device)
     sums = torch.empty(len(batch.params), 8, dtype=torch.float64, device=device)
@@ -100,38 +104,81 @@ def _made_programs(counts: tuple[int, ...], device: torch.device) -> tuple[Tenso
     return programs.to(device), begin.to(device)
 
 
-def add_squares(pieces: Sequence[Piece], sums: Tensor) -> None:
-    """Add to `sums`, float64, the squares of the rows and columns of contiguous pieces of one format."""
-    _launch_on_pieces(_add_squares, pieces, [-(-piece.rows // HIGH) for piece in pieces], sums, OF_COLUMNS=False)
-    for turn in sorted({piece.turn for piece in pieces}):
-        apart = [piece for piece in pieces if piece.turn == turn]
-        _launch_on_pieces(_add_squares, apart, [-(-piece.columns // WIDE) for piece in apart], sums, OF_COLUMNS=True)
+def add_squares(pieces: Pieces, sums: Tensor) -> None:
+    """Add to `sums`, float64, the squares of the rows and columns of contiguous pieces of one format.
+
+    Each gradient is read once: a program takes TALL rows of a strip of WIDE columns, and a second launch adds up what
+    they found, in order.
+    """
+    turns = [piece.turn for piece in pieces.pieces]
+    whole = to_device(pieces.renewed_table(), sums.device)
+    for begin, end in _launches(pieces.sizes):
+        sizes, table = pieces.sizes[begin:end], whole[begin:end]
+        places, count = _places(sizes, sums.device)
+        found = torch.empty(count, dtype=torch.float64, device=sums.device)
+        blocks = [-(-columns // WIDE) * -(-rows // TALL) for rows, columns in sizes]
+        _launch_on_pieces(_square, blocks, pieces, table, places, found, TALL=TALL)
+        arrays = table, places, found, sums
+        more: dict[str, Any] = {"TALL": TALL, "COMBINED": COMBINED}
+        blocks = [-(-rows // COMBINED) for rows, _ in sizes]
+        _launch_on_pieces(_combine_squares, blocks, pieces, *arrays, OF_COLUMNS=False, **more)
+        for turn in sorted(set(turns[begin:end])):
+            of_turn = [this == turn for this in turns[begin:end]]
+            blocks = [-(-columns // COMBINED) * now for (_, columns), now in zip(sizes, of_turn, strict=True)]
+            _launch_on_pieces(_combine_squares, blocks, pieces, *arrays, OF_COLUMNS=True, **more)
 
 
-def scale(pieces: Sequence[Piece], factors: Tensor) -> None:
+def scale(pieces: Pieces, factors: Tensor) -> None:
     """Multiply each element by its row's and its column's factor, in place, rounded after each."""
-    _launch_on_pieces(_scale, pieces, [-(-piece.rows // HIGH) for piece in pieces], factors)
+    table = to_device(pieces.renewed_table(), factors.device)
+    _launch_on_pieces(_scale, [-(-rows // HIGH) for rows, _ in pieces.sizes], pieces, table, factors)
 
 
 def _launch_on_pieces(
-    kernel: Any, pieces: Sequence[Piece], blocks: Sequence[int], numbers: Tensor, **options: bool
+    kernel: Any, blocks: Sequence[int], pieces: Pieces, table: Tensor, *arrays: Tensor, **options: Any
 ) -> None:
     """A program for each of a piece's blocks."""
-    programs, _ = _programs(blocks, numbers.device)
+    programs, _ = _programs(blocks, table.device)
     if len(programs):
-        with torch.cuda.device_of(numbers):
+        with torch.cuda.device_of(table):
             kernel[(len(programs),)](
-                to_device(table_of(pieces), numbers.device),
+                table,
                 programs,
-                numbers,
+                *arrays,
                 **options,
-                GRADIENT=FORMATS[pieces[0].grad.dtype],
-                ALIGNED=all(piece.grad.data_ptr() % 16 == 0 and piece.columns % 16 == 0 for piece in pieces),
+                GRADIENT=pieces.format,
+                ALIGNED=pieces.aligned,
                 HIGH=HIGH,
                 WIDE=WIDE,
                 num_warps=WARPS,
                 enable_fp_fusion=False,
             )
+
+
+def _launches(sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Runs of pieces whose sums of squares take some 40 MB before they are added up."""
+    begin, weights = 0, 0
+    for i, (rows, columns) in enumerate(sizes):
+        if i > begin and weights + rows * columns > AT_ONCE:
+            yield begin, i
+            begin, weights = i, 0
+        weights += rows * columns
+    if begin < len(sizes):
+        yield begin, len(sizes)
+
+
+def _places(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, int]:
+    """Where `_square` puts the sums of each piece's rows and of its columns, (pieces, 2) int64, and their number."""
+    places, count = _made_places(sizes, device)
+    keep_for_graphs(places)
+    return places, count
+
+
+@lru_cache(maxsize=256)
+def _made_places(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, int]:
+    counts = [x for rows, columns in sizes for x in (-(-columns // WIDE) * rows, -(-rows // TALL) * columns)]
+    ends = torch.tensor([0, *counts]).cumsum(0)
+    return ends[:-1].view(-1, 2).to(device), int(ends[-1])
 
 
 # ---- Storage, as in ../state.py --------------------------------------------------------------------------------------
@@ -201,11 +248,15 @@ def _power(exponents):
 
 @triton.jit
 def _load_state(pointer, exponents, offsets, blocks, n, FORMAT: tl.constexpr, MASKED: tl.constexpr):
-    x = _load(pointer, offsets, n, MASKED)
-    if FORMAT == INT8:
-        e = tl.load(exponents + blocks, mask=blocks * BLOCK < n, other=0).to(tl.int32)
-        x = x * tl.abs(x) * _power(e)[:, None]
-    return x
+    if FORMAT != INT8:
+        return _load(pointer, offsets, n, MASKED)
+    if MASKED:
+        codes = tl.load(pointer + offsets, mask=offsets < n, other=0)
+    else:
+        codes = tl.load(pointer + offsets)
+    x = (codes.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - SHIFT
+    e = tl.load(exponents + blocks, mask=blocks * BLOCK < n, other=0).to(tl.int32)
+    return x * tl.abs(x) * _power(e)[:, None]
 
 
 @triton.jit
@@ -240,11 +291,13 @@ def _store_state(pointer, exponents, offsets, blocks, n, x, random, FORMAT: tl.c
     inverse = tl.where(e < 254, _power(254 - tl.minimum(e, 254)), 0.0)
     finite = (e < 255)[:, None]
     y = tl.where(finite, tl.abs(x), 0.0) * inverse[:, None]
-    low = tl.floor(tl.sqrt_rn(y))
-    u = random.to(tl.int32).to(tl.float32) * 0.0000152587890625 + 0.00000762939453125  # 2^-16, 2^-17
+    root = tl.sqrt_rn(y)
+    low = (root + SHIFT) - SHIFT  # the nearest integer
+    low = tl.where(low > root, low - 1.0, low)
+    u = ((random << 7) | 0x3F800040).to(tl.float32, bitcast=True) - 1.0  # random / 2^16 + 2^-17
     code = low + tl.where(u * (2.0 * low + 1.0) < y - low * low, 1.0, 0.0)
     code = tl.where(bits < 0, -code, code)
-    _store(pointer, offsets, n, code.to(tl.int8), MASKED)
+    _store(pointer, offsets, n, (code + SHIFT).to(tl.int32, bitcast=True).to(tl.int8), MASKED)
     tl.store(exponents + blocks, e.to(tl.uint8), mask=blocks * BLOCK < n)
     return code * tl.abs(code) * _power(e)[:, None]
 
@@ -305,9 +358,20 @@ def _store_weight_sums(out, ww, vw, uu, ub):
 
 
 @triton.jit
+def _fours(x):
+    """A tile by fours, which one thread holds: what is added up there needs no other thread."""
+    return tl.reshape(x, (ROWS, FOURS, 4))
+
+
+@triton.jit
 def _add(total, x):
-    """Add up the rows of a tile in float64."""
-    return total + tl.sum(x.to(tl.float64), axis=1)
+    return total + tl.sum(_fours(x.to(tl.float64)), axis=2)
+
+
+@triton.jit
+def _add_roughly(total, x):
+    """Fours in float32: for what is shown, and no step needs."""
+    return total + tl.sum(_fours(x), axis=2).to(tl.float64)
 
 
 @triton.jit
@@ -344,8 +408,8 @@ def _update_tile(
         inside = offsets < n
         difference, g = tl.where(inside, difference, 0.0), tl.where(inside, g, 0.0)
         w, x0, x1 = tl.where(inside, w, 0.0), tl.where(inside, x0, 0.0), tl.where(inside, x1, 0.0)
-    error = _add(error, difference * difference)
-    gg = _add(gg, g * g)
+    error = _add_roughly(error, difference * difference)
+    gg = _add_roughly(gg, g * g)
     if WEIGHTS_TOO:
         ww = _add(ww, w.to(tl.float64) * w.to(tl.float64))
         if RANK_ONE:
@@ -370,7 +434,7 @@ def _reduce_tile(
     decay = tl.load(s + 2)
     if decay != 0:
         g = g + decay * _load(wp, offsets, n, MASKED)
-    magnitude = tl.max(g.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    magnitude = tl.max(_fours(g.to(tl.int32, bitcast=True) & 0x7FFFFFFF), axis=2)
     peak = tl.maximum(peak, magnitude)
     gg = _add(gg, g.to(tl.float64) * g.to(tl.float64))
     if RANK_ONE:
@@ -407,7 +471,7 @@ def _update(
     row, begin, n = _place(table, chunks, TILES)
     key = (tl.load(table + row * COLUMNS + KEY) + tl.load(table + row * COLUMNS + FIRST)).to(tl.uint32)
     s = scalars + row * SCALARS
-    zero = tl.zeros((ROWS,), tl.float64)
+    zero = tl.zeros((ROWS, FOURS), tl.float64)
     gg, ww, vw, uu, ub, error = zero, zero, zero, zero, zero, zero
     for tile in range(TILES):
         start = begin + tile * TILE
@@ -436,8 +500,8 @@ def _reduce(
 ):  # fmt: skip
     row, begin, n = _place(table, chunks, TILES)
     s = scalars + row * SCALARS
-    zero = tl.zeros((ROWS,), tl.float64)
-    gg, peak, ug, ww, vw, uu, ub = zero, tl.zeros((ROWS,), tl.int32), zero, zero, zero, zero, zero
+    zero = tl.zeros((ROWS, FOURS), tl.float64)
+    gg, peak, ug, ww, vw, uu, ub = zero, tl.zeros((ROWS, FOURS), tl.int32), zero, zero, zero, zero, zero
     for tile in range(TILES):
         start = begin + tile * TILE
         if start + TILE <= n:
@@ -452,7 +516,7 @@ def _reduce(
             )  # fmt: skip
     out = partial + tl.program_id(0).to(tl.int64) * SUMS
     tl.store(out + GG, tl.sum(gg))
-    tl.store(out + PEAK, tl.max(peak, axis=0).to(tl.float32, bitcast=True).to(tl.float64))
+    tl.store(out + PEAK, tl.max(peak).to(tl.float32, bitcast=True).to(tl.float64))
     tl.store(out + UG, tl.sum(ug))
     if WEIGHTS_TOO:
         _store_weight_sums(out, ww, vw, uu, ub)
@@ -489,31 +553,47 @@ def _piece(table, programs, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _add_squares(
-    table, programs, sums,
-    OF_COLUMNS: tl.constexpr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
+def _square(
+    table, programs, places, found,
+    GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows, over all columns, or of columns, over all rows: each sum in a fixed order."""
-    g, rows, columns, row, column, block = _piece(table, programs, GRADIENT, ALIGNED)
-    i, j = tl.arange(0, HIGH).to(tl.int64), tl.arange(0, WIDE).to(tl.int64)
+    """Of a strip of columns and some of its rows: each row's sum of squares, and each column's."""
+    g, rows, columns, _, _, block = _piece(table, programs, GRADIENT, ALIGNED)
+    place = places + 2 * tl.load(programs + 2 * tl.program_id(0))
+    strips = tl.cdiv(columns, WIDE)
+    strip, chunk = block % strips, block // strips
+    j = strip * WIDE + tl.arange(0, WIDE).to(tl.int64)
+    of_rows = found + tl.load(place) + strip * rows
+    of_columns = tl.zeros((HIGH, WIDE), tl.float64)
+    for at in range(chunk * TALL, tl.minimum((chunk + 1) * TALL, rows), HIGH):
+        i = at + tl.arange(0, HIGH).to(tl.int64)
+        inside = (i < rows)[:, None] & (j < columns)[None, :]
+        x = tl.load(g + i[:, None] * columns + j[None, :], mask=inside, other=0).to(tl.float32).to(tl.float64)
+        of_columns += x * x
+        tl.store(of_rows + i, tl.sum(x * x, axis=1), mask=i < rows)
+    tl.store(found + tl.load(place + 1) + chunk * columns + j, tl.sum(of_columns, axis=0), mask=j < columns)
+
+
+@triton.jit
+def _combine_squares(
+    table, programs, places, found, sums,
+    OF_COLUMNS: tl.constexpr, COMBINED: tl.constexpr, TALL: tl.constexpr,
+    GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Add what `_square` found of some rows, or columns, of a piece to their sums."""
+    _, rows, columns, row, column, block = _piece(table, programs, GRADIENT, ALIGNED)
+    place = places + 2 * tl.load(programs + 2 * tl.program_id(0))
     if OF_COLUMNS:
-        j += block * WIDE
-        total = tl.zeros((WIDE,), tl.float64)
-        for at in range(0, rows, HIGH):
-            inside = (at + i < rows)[:, None] & (j < columns)[None, :]
-            x = tl.load(g + (at + i)[:, None] * columns + j[None, :], mask=inside, other=0).to(tl.float32)
-            total += tl.sum(x.to(tl.float64) * x.to(tl.float64), axis=0)
-        out = sums + column + j
-        tl.store(out, tl.load(out, mask=j < columns) + total, mask=j < columns)
+        begin, out, length, parts = tl.load(place + 1), sums + column, columns, tl.cdiv(rows, TALL)
     else:
-        i += block * HIGH
-        total = tl.zeros((HIGH,), tl.float64)
-        for at in range(0, columns, WIDE):
-            inside = (i < rows)[:, None] & (at + j < columns)[None, :]
-            x = tl.load(g + i[:, None] * columns + (at + j)[None, :], mask=inside, other=0).to(tl.float32)
-            total += tl.sum(x.to(tl.float64) * x.to(tl.float64), axis=1)
-        out = sums + row + i
-        tl.store(out, tl.load(out, mask=i < rows) + total, mask=i < rows)
+        begin, out, length, parts = tl.load(place), sums + row, rows, tl.cdiv(columns, WIDE)
+    i = block * COMBINED + tl.arange(0, COMBINED)
+    total = tl.load(out + i, mask=i < length, other=0)
+    for part in range(0, parts, HIGH):
+        k = part + tl.arange(0, HIGH).to(tl.int64)
+        inside = (k < parts)[:, None] & (i < length)[None, :]
+        total += tl.sum(tl.load(found + begin + k[:, None] * length + i[None, :], mask=inside, other=0), axis=0)
+    tl.store(out + i, total, mask=i < length)
 
 
 @triton.jit

@@ -1,0 +1,128 @@
+"""Llama-7B's recipes on a GPU: the memory that is planned, the memory that a run takes, and tokens a second.
+
+    python scripts/benchmarks/recipes.py [--recipes llama-7b-last2 ...] [--at_once 1]
+
+Each recipe is run as it stands, in a process of its own, on a Llama-7B with random weights and on rows that fill 8 x 512
+tokens, but for four steps of two such batches. Needs the GPU alone, 14 GB of disk, and bitsandbytes for the 4-bit ones;
+writes recipes-<GPU>.json beside this file. "Planned" is what every run prints, without CUDA's own context; "measured" is
+the most that torch had allocated while it trained. Recipes that run at once share the GPU: their memory is
+their own, their speed is not. `--table` prints the results that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from to_finetune.files import write_whole
+from to_finetune.machine import machine
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+RECIPES = {path.stem: path for path in sorted((ROOT / "configs" / "recipes").glob("llama-7b-*.yaml"))}
+LLAMA_7B = LlamaConfig(vocab_size=32_000)  # the others of its sizes are transformers' defaults
+ROWS, LENGTH, STEPS = 8, 512, 4
+FLAGS = f"""--gradient_accumulation_steps 2 --max_steps {STEPS} --val_set_size 0 --eval_strategy no --save_strategy no
+    --logging_steps 1 --report_to tensorboard"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="RECIPE")
+    parser.add_argument("--at_once", type=int, default=1, help="recipes that share the GPU")
+    parser.add_argument("--table", action="store_true", help="print the table of the results that are there")
+    options = parser.parse_args()
+    name = re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()) if torch.cuda.is_available() else "*"
+    output = HERE / f"recipes-{name}.json"
+    if not options.table:
+        with TemporaryDirectory() as folder:
+            write_inputs(Path(folder))
+            with ThreadPoolExecutor(options.at_once) as pool:
+                runs = dict(zip(options.recipes, pool.map(partial(run, Path(folder)), options.recipes), strict=True))
+        results = {"machine": machine(), "tokens": [ROWS, LENGTH], "at_once": options.at_once, "recipes": runs}
+        write_whole(output, json.dumps(results, indent=1) + "\n")
+    for path in sorted(HERE.glob(output.name)):
+        print(table(json.loads(path.read_text())))
+
+
+def write_inputs(folder: Path, config: LlamaConfig = LLAMA_7B) -> None:
+    """A Llama with random weights in bfloat16, a tokenizer of bytes, and rows that are longer than a batch's."""
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
+    torch.cuda.empty_cache()
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *characters])}
+    tokens = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokens, **special).save_pretrained(folder / "model")
+    rows = ({"text": f"{i:03d} " * LENGTH} for i in range(2 * ROWS * STEPS))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def run(folder: Path, recipe: str) -> dict[str, Any]:
+    """Bytes and tokens a second of a recipe, or its error."""
+    out = folder / recipe
+    command = [sys.executable, "scripts/finetune.py", "--config", str(RECIPES[recipe]), *FLAGS.split()]
+    command += ["--model_name_or_path", str(folder / "model"), "--dataset_name", str(folder / "rows.jsonl")]
+    done = subprocess.run([*command, "--output_dir", str(out)], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{recipe} failed:\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
+        return {"error": done.stderr.strip().splitlines()[-1]}
+    record = json.loads((out / "run.json").read_text())
+    planned, measured = record["memory"]["planned"], record["memory"]["measured"]
+    return {
+        "trained_weights": record["subset"]["weights"],
+        "planned_bytes": planned,
+        "planned_without_context": sum(planned.values()) - planned["context"],
+        "measured_bytes": measured,
+        "tokens_per_second": round(2 * ROWS * LENGTH / median(step_seconds(out)), 1),
+        "losses": [row["loss"] for row in history(out)],
+    }
+
+
+def history(out: Path) -> list[dict[str, Any]]:
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return [row for row in log if "loss" in row]
+
+
+def step_seconds(out: Path) -> list[float]:
+    """Of all steps but the first two, from the times at which their losses were logged."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = out.glob("**/events.out.tfevents.*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    times = [event.wall_time for event in events.Scalars("train/loss")]
+    return [after - before for before, after in pairwise(times[1:])]
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = ["| recipe | trained weights | planned, GB | measured, GB | tokens/s |", "|---|---|---|---|---|"]
+    for name, x in results["recipes"].items():
+        if "error" in x:
+            lines.append(f"| `{name}` | {x['error']} | | | |")
+            continue
+        planned, measured = x["planned_without_context"] / 1e9, x["measured_bytes"] / 1e9
+        speed = f"{x['tokens_per_second']:,.0f}"
+        lines.append(f"| `{name}` | {x['trained_weights']:,} | {planned:.1f} | {measured:.1f} | {speed} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""What a step finds out about weights, state and options, and may use again while only the gradients are new.
+
+With hundreds of small tensors the host would otherwise take longer for a step than the device.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from to_finetune.optim.blocks import Part
+from to_finetune.optim.factored import Matrices
+from to_finetune.optim.kernels.batch import Batch, as_vector
+from to_finetune.optim.sharding import Member
+
+Group = dict[str, Any]
+NONE = torch.empty(0)  # in the place of gradients that are over
+
+
+@dataclass(eq=False)
+class Counts:
+    """The counters of a group's weights on one device: 0-dim state, which `add` makes views of one vector."""
+
+    group: Group
+    states: list[dict[str, Tensor]]
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    views: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.states[0]["step"].device
+
+    def add(self, name: str, amount: float | Tensor) -> None:
+        if name not in self.vectors:
+            self.vectors[name] = as_vector(self.states, name)
+            self.views[name] = [state[name] for state in self.states]
+            if self.views[name][0]._base is not self.vectors[name]:  # new, or of a loaded state, which may share one
+                self.views[name] = list(self.vectors[name].unbind())
+                for state, view in zip(self.states, self.views[name], strict=True):
+                    state[name] = view
+        self.vectors[name] += amount
+
+    def are_in_place(self) -> bool:
+        return all(_are([state[name] for state in self.states], views) for name, views in self.views.items())
+
+
+class Prepared:
+    """A step's groups with their members, and how these are measured and moved together.
+
+    Attributes:
+        work: the groups and all their members.
+        parts: the members by what moves them.
+        matrices: whose gradients are scaled by rows and columns first.
+        counts: of the steps.
+        sharers: the sets of processes that share weights.
+    """
+
+    def __init__(
+        self,
+        work: Sequence[tuple[Group, list[Member]]],
+        parts: Sequence[Part],
+        matrices: Sequence[Matrices],
+        states: Mapping[Tensor, dict[str, Tensor]],
+    ) -> None:
+        self.work, self.parts, self.matrices = work, parts, matrices
+        self.counts = list(_counts(work, states))
+        self.sharers = {member.shards for _, members in work for member in members}
+        self._options = [_options(group) for group, _ in work]
+        self._states = list(states.values())
+
+    @cached_property
+    def repeats(self) -> bool:
+        """Whether another step may use it: where the fused kernels move all weights, each of them whole."""
+        members = [member for _, members in self.work for member in members]
+        return (
+            all(isinstance(part, Batch) and part.pending is None for part in self.parts)
+            and len(members) == sum(len(part.members) for part in self.parts)
+            and all(member.p is member.owner and not member.shards for member in members)
+        )
+
+    def renew(self, groups: Sequence[Group], states: Mapping[Tensor, dict[str, Tensor]]) -> bool:
+        """Take the weights' new gradients; False where anything else is not as it was."""
+        if len(groups) != len(self.work) or not _are(states.values(), self._states):
+            return False
+        gradients: list[Tensor] = []
+        for group, (known, members), options in zip(groups, self.work, self._options, strict=True):
+            with_gradients = [p for p in group["params"] if p.grad is not None]
+            if group is not known or _options(group) != options:
+                return False
+            if not _are(with_gradients, [member.owner for member in members]):
+                return False
+            gradients += [p.grad for p in with_gradients]
+        members = [member for _, members in self.work for member in members]
+        if not (
+            all(grad.layout == torch.strided and grad.is_contiguous() for grad in gradients)
+            and all(grad.dtype == member.p.dtype for grad, member in zip(gradients, members, strict=True))
+            and all(isinstance(part, Batch) and part.is_in_place() for part in self.parts)
+            and all(counts.are_in_place() for counts in self.counts)
+        ):
+            return False
+        for member, grad in zip(members, gradients, strict=True):
+            member.grad = grad
+        for matrices in self.matrices:
+            matrices.take_gradients()
+        for batch in self.parts:
+            assert isinstance(batch, Batch)
+            batch.take_gradients()
+            alike = [counts for counts in self.counts if _are(counts.states, batch.states)]
+            batch.taken = alike[0].vectors["step"] if alike else None
+        return True
+
+    def let_go(self) -> None:
+        """Of the gradients, which would live on otherwise."""
+        for _, members in self.work:
+            for member in members:
+                member.grad = NONE
+        for part in self.parts:
+            if isinstance(part, Batch):
+                part.grads = []
+        for matrices in self.matrices:
+            for piece in matrices.pieces:
+                piece.grad = NONE
+
+
+def _are(found: Collection[Any], known: Collection[Any]) -> bool:
+    """Whether they are the same objects."""
+    return len(found) == len(known) and all(map(operator.is_, found, known))
+
+
+def _options(group: Group) -> Group:
+    return {name: value for name, value in group.items() if name not in ("params", "lr")}
+
+
+def _counts(work: Sequence[tuple[Group, list[Member]]], states: Mapping[Tensor, dict[str, Tensor]]) -> Iterable[Counts]:
+    for group, members in work:
+        alike: dict[torch.device, list[dict[str, Tensor]]] = {}
+        for owner in dict.fromkeys(member.owner for member in members):
+            state = states[owner]
+            alike.setdefault(state["step"].device, []).append(state)
+        yield from (Counts(group, of_device) for of_device in alike.values())
