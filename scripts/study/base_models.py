@@ -35,7 +35,7 @@ class Size(NamedTuple):
     learning_rate: float = 3e-3
 
 
-SIZES = {"1M": Size(96, 6, 6, 3000), "5M": Size(224, 7, 7, 1500), "100M": Size(768, 14, 12, 1500, 32, 6e-4)}
+SIZES = {"1M": Size(96, 6, 6, 3000), "5M": Size(224, 7, 7, 1500), "100M": Size(768, 14, 12, 1000, 32, 6e-4)}
 HELD_OUT = 200  # posts
 
 

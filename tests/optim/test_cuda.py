@@ -32,16 +32,17 @@ def compile(kernel, pointers, **options):
         constexprs={(kernel.arg_names.index(name),): value for name, value in options.items()},
     )
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    built = triton.compile(source, target=target, options={"num_warps": gpu.WARPS, "enable_fp_fusion": False})
+    warps = gpu.WARPS if "TILES" in options else gpu.MANY_WARPS
+    built = triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
     ptx = built.asm["ptx"]
-    wide, fused = len(re.findall(r"ld\\.global[.\\w]*\\.v4", ptx)), len(re.findall(r"fma\\.rn\\.f32", ptx))
+    wide, fused = len(re.findall(r"ld\\.global[.\\w]*\\.v[24]", ptx)), len(re.findall(r"fma\\.rn\\.f32", ptx))
     print(kernel.__name__, wide, fused, len(built.asm["cubin"]))
 
 batch = {"table": "*i64", "scalars": "*fp32", "chunks": "*i32", "partial": "*fp64", "skip": "*i1"}
 for kernel in (gpu._reduce, gpu._update):
     for rank_one, weight, state in ((False, 0, 0), (True, 0, 0), (True, 1, 1), (False, 1, 2)):
         formats = dict(WEIGHT=weight, GRADIENT=weight, STATE=state)
-        more = dict(WEIGHTS_TOO=True, ALIGNED=True, TILES=gpu.TILES)
+        more = dict(WEIGHTS_TOO=True, ALIGNED=True, ROWS=gpu.ROWS, TILES=gpu.TILES)
         compile(kernel, batch, HAS_SKIP=True, RANK_ONE=rank_one, **formats, **more)
 pieces = {"table": "*i64", "programs": "*i32"}
 for gradient, factor in ((0, "*fp32"), (1, "*bf16")):
@@ -53,7 +54,7 @@ for gradient, factor in ((0, "*fp32"), (1, "*bf16")):
 
 @pytest.mark.parametrize("capability", [80, 90])  # A100, H100
 def test_the_kernels_compile_for_gpus(capability: int) -> None:
-    """To machine code that loads 16 bytes at a time and contracts no product with a sum."""
+    """To machine code that loads several weights at a time and contracts no product with a sum."""
     pytest.importorskip("triton", minversion="3.4")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", COMPILE, str(capability)]

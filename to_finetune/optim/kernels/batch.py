@@ -20,7 +20,7 @@ from torch import Tensor
 
 from to_finetune.optim.blocks import Part, is_group_wide, to_device
 from to_finetune.optim.sharding import Member, local
-from to_finetune.optim.state import exponents_name
+from to_finetune.optim.state import exponents_name, state_key
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 VARIANTS = {"diagonal": 0, "rank_one": 1}
@@ -74,6 +74,8 @@ class Batch(Part):
         self.grads = [member.grad.contiguous() for member in self.members]
         addresses = [grad.data_ptr() for grad in self.grads]
         self._rows[:, GRADIENT] = torch.tensor(addresses)
+        if self.rounds and may_read(self.group, self.steps):
+            self._rows[:, KEY] = state_key(self.group["seed"], self.steps.long(), self._positions)
         self.aligned = reduce(operator.or_, addresses, self._alignment) % 16 == 0
         self.table = to_device(self._rows, self.device)
         self.sums = self.totals = self.held = None
@@ -97,10 +99,24 @@ class Batch(Part):
     def device(self) -> torch.device:
         return self.params[0].device
 
+    @property
+    def steps(self) -> Tensor:
+        """How many each member has taken, (members,)."""
+        return as_vector(self.states, "step") if self.taken is None else self.taken
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights or state are stored in fewer bits than they are computed in."""
+        return any(self.formats[k] != FORMATS[torch.float32] for k in (1, 3))
+
+    def set_keys(self, steps: Tensor) -> None:
+        """Of the random bits, from counts on the kernels' device; counts on the host are in the table already."""
+        self.table[:, KEY] = state_key(self.group["seed"], steps.long(), to_device(self._positions, self.device))
+
     @cached_property
-    def positions(self) -> Tensor:
-        """The parameters' indices in the optimizer, (members,) int64 on the kernels' device."""
-        return to_device(torch.tensor([member.position for member in self.members]), self.device)
+    def _positions(self) -> Tensor:
+        """The parameters' indices in the optimizer, (members,) int64 on the host."""
+        return torch.tensor([member.position for member in self.members])
 
     @cached_property
     def numbers(self) -> tuple[int, ...]:

@@ -18,15 +18,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from to_finetune.optim.blocks import ERROR, WW, Totals, to_device
+from to_finetune.optim.blocks import ERROR, WW, Totals, keep_for_graphs, to_device
 from to_finetune.optim.kernels.batch import (
     FACTOR,
     FORMATS,
-    KEY,
     OWN,
     Batch,
     Carried,
-    as_vector,
     make_batch,
     may_read,
     rows,
@@ -35,7 +33,6 @@ from to_finetune.optim.kernels.batch import (
 from to_finetune.optim.rules import RankOneSums, guard_room, rank_one_scalars, relative
 from to_finetune.optim.schedules import decoupled_decay, rates_at
 from to_finetune.optim.sharding import Member
-from to_finetune.optim.state import state_key
 
 
 @cache
@@ -133,29 +130,31 @@ def step(batch: Batch, skip: Tensor | None, carried: dict[int, Carried]) -> Tens
         sums = batch.kernels.update(batch, own, keeps, None if skip is None else skip.to(own.device))
     increment_version(batch.params)
     if keeps:
+        position = batch.members[0].position
         after = sums if skip is None else torch.where(skip.to(own.device), batch.sums, sums)  # type: ignore[arg-type]
-        carried[batch.members[0].position] = Carried(batch, after)
+        if batch.group["capturable"] and batch.held is not None:
+            after = batch.held.copy_(after)  # each replay reads where the last one wrote
+            keep_for_graphs(after)
+        carried[position] = Carried(batch, after)
     return sums
 
 
 def _scalars(batch: Batch) -> Tensor:
-    """The rates of each tensor, (tensors, 10) float32; sets the keys of its random bits."""
+    """The rates of each tensor, (tensors, 10) float32; sets the keys of its random bits where the device counts."""
     group, device = batch.group, batch.device
-    taken = as_vector(batch.states, "step") if batch.taken is None else batch.taken
+    taken = batch.steps
     lr_on_device = isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu"
     if may_read(group, taken) and not lr_on_device:
         steps = taken.tolist()
         rates = {step: [float(x) for x in _columns(group, int(step))] for step in set(steps)}
         alike = len(rates) == 1
-        scalars = rows(rates[steps[0]], batch) if alike else to_device(torch.tensor([rates[x] for x in steps]), device)
-        taken = to_device(taken, device)
-    else:
-        taken = taken.to(device, non_blocking=True).double()
-        columns = (torch.as_tensor(x).double() for x in _columns(group, taken))
-        scalars = torch.stack([taken * 0 + x for x in columns], dim=1).float()
-    if any(number != FORMATS[torch.float32] for number in (batch.formats[1], batch.formats[3])):
-        batch.table[:, KEY] = state_key(group["seed"], taken.long(), batch.positions)
-    return scalars
+        return rows(rates[steps[0]], batch) if alike else to_device(torch.tensor([rates[x] for x in steps]), device)
+    is_readable = may_read(group, taken)
+    taken = taken.to(device, non_blocking=True).double()
+    if batch.rounds and not is_readable:
+        batch.set_keys(taken)
+    columns = (torch.as_tensor(x).double() for x in _columns(group, taken))
+    return torch.stack([taken * 0 + x for x in columns], dim=1).float()
 
 
 def _columns(group: Mapping[str, Any], taken: int | Tensor) -> list[float | Tensor]:

@@ -23,18 +23,16 @@ from torch import Tensor
 from to_finetune.optim.blocks import keep_for_graphs, to_device
 from to_finetune.optim.kernels.batch import Batch, Pieces
 
-ROWS = tl.constexpr(64)
-BLOCK, FOURS = tl.constexpr(32), tl.constexpr(8)
-TILE = tl.constexpr(64 * 32)
-TILES = 8  # in a chunk
-CHUNK = 64 * 32 * TILES
-COMBINED = 256  # chunks' sums that are added up at a time
+# As measured on an H200. Of a step: four weights for a thread in each tile, and few threads wait for each other.
+ROWS, TILES, WARPS = 8, 64, 2
+COMBINED = 1024  # chunks' sums that are added up at a time
 HIGH, WIDE = 32, 128  # rows and columns of a gradient that are squared or scaled at a time
 TALL = 512  # rows whose squares one program adds up
 AT_ONCE = 1 << 29  # elements of gradients that are squared in one launch
-WARPS = 8
-SMALLEST_DIVISOR = tl.constexpr(1e-30)
+MANY_WARPS = 8
 
+BLOCK, FOURS = tl.constexpr(32), tl.constexpr(8)
+SMALLEST_DIVISOR = tl.constexpr(1e-30)
 SHIFT = tl.constexpr(12582912.0)  # 1.5 * 2^23: a small integer more changes its last bits; faster than conversions
 
 FLOAT32, BFLOAT16, INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -61,7 +59,7 @@ def update(batch: Batch, scalars: Tensor, weights: bool, skip: Tensor | None) ->
 def _launch(kernel: Any, batch: Batch, scalars: Tensor, weights: bool, skip: Tensor | None) -> Tensor:
     device = batch.table.device
     variant, weight, gradient, state = batch.formats
-    chunks, begin = _programs([-(-n // CHUNK) for n in batch.numbers], device)
+    chunks, begin = _programs([-(-n // (ROWS * 32 * TILES)) for n in batch.numbers], device)
     # Zeros, for the sums that a program does not take.
     partial = torch.zeros(len(chunks), 8, dtype=torch.float64, device=device)
     sums = torch.empty(len(batch.params), 8, dtype=torch.float64, device=device)
@@ -79,12 +77,13 @@ def _launch(kernel: Any, batch: Batch, scalars: Tensor, weights: bool, skip: Ten
             STATE=state,
             WEIGHTS_TOO=weights,
             ALIGNED=batch.aligned,
+            ROWS=ROWS,
             TILES=TILES,
             num_warps=WARPS,
             enable_fp_fusion=False,
         )
         combine = _combine[(len(batch.params),)]
-        combine(partial, begin, sums, COMBINED=COMBINED, num_warps=WARPS, enable_fp_fusion=False)
+        combine(partial, begin, sums, COMBINED=COMBINED, num_warps=MANY_WARPS, enable_fp_fusion=False)
     return sums
 
 
@@ -150,7 +149,7 @@ def _launch_on_pieces(
                 ALIGNED=pieces.aligned,
                 HIGH=HIGH,
                 WIDE=WIDE,
-                num_warps=WARPS,
+                num_warps=MANY_WARPS,
                 enable_fp_fusion=False,
             )
 
@@ -227,10 +226,15 @@ def _exponents(table, row, which):
 
 
 @triton.jit
-def _load(pointer, offsets, n, MASKED: tl.constexpr):
+def _load_stored(pointer, offsets, n, MASKED: tl.constexpr):
     if MASKED:
-        return tl.load(pointer + offsets, mask=offsets < n, other=0).to(tl.float32)
-    return tl.load(pointer + offsets).to(tl.float32)
+        return tl.load(pointer + offsets, mask=offsets < n, other=0)
+    return tl.load(pointer + offsets)
+
+
+@triton.jit
+def _load(pointer, offsets, n, MASKED: tl.constexpr):
+    return _load_stored(pointer, offsets, n, MASKED).to(tl.float32)
 
 
 @triton.jit
@@ -250,10 +254,7 @@ def _power(exponents):
 def _load_state(pointer, exponents, offsets, blocks, n, FORMAT: tl.constexpr, MASKED: tl.constexpr):
     if FORMAT != INT8:
         return _load(pointer, offsets, n, MASKED)
-    if MASKED:
-        codes = tl.load(pointer + offsets, mask=offsets < n, other=0)
-    else:
-        codes = tl.load(pointer + offsets)
+    codes = _load_stored(pointer, offsets, n, MASKED)
     x = (codes.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - SHIFT
     e = tl.load(exponents + blocks, mask=blocks * BLOCK < n, other=0).to(tl.int32)
     return x * tl.abs(x) * _power(e)[:, None]
@@ -341,11 +342,11 @@ def _rank_one(w, g, u, v, b, scalars):
 
 
 @triton.jit
-def _place(table, chunks, TILES: tl.constexpr):
+def _place(table, chunks, WEIGHTS: tl.constexpr):
     """This program's row in the table, its first weight there, and the number of weights of the tensor."""
     pid = tl.program_id(0)
     row = tl.load(chunks + 2 * pid).to(tl.int64)
-    begin = tl.load(chunks + 2 * pid + 1).to(tl.int64) * (TILE * TILES)
+    begin = tl.load(chunks + 2 * pid + 1).to(tl.int64) * WEIGHTS
     return row, begin, tl.load(table + row * COLUMNS + NUMEL)
 
 
@@ -360,7 +361,7 @@ def _store_weight_sums(out, ww, vw, uu, ub):
 @triton.jit
 def _fours(x):
     """A tile by fours, which one thread holds: what is added up there needs no other thread."""
-    return tl.reshape(x, (ROWS, FOURS, 4))
+    return tl.reshape(x, (x.shape[0], FOURS, 4))
 
 
 @triton.jit
@@ -381,7 +382,7 @@ def _update_tile(
     WEIGHTS_TOO: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     gg, ww, vw, uu, ub, error = totals
-    rows = tl.arange(0, ROWS)
+    rows = tl.arange(0, totals[0].shape[0])
     offsets = start + (rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
     blocks = start // BLOCK + rows
     wp = _address(table, row, 0, WEIGHT, ALIGNED)
@@ -426,7 +427,7 @@ def _reduce_tile(
     WEIGHTS_TOO: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     gg, peak, ug, ww, vw, uu, ub = totals
-    rows = tl.arange(0, ROWS)
+    rows = tl.arange(0, totals[0].shape[0])
     offsets = start + (rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
     blocks = start // BLOCK + rows
     wp = _address(table, row, 0, WEIGHT, ALIGNED)
@@ -464,18 +465,18 @@ def _reduce_tile(
 def _update(
     table, scalars, chunks, partial, skip,
     HAS_SKIP: tl.constexpr, RANK_ONE: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr,
-    WEIGHTS_TOO: tl.constexpr, ALIGNED: tl.constexpr, TILES: tl.constexpr,
+    WEIGHTS_TOO: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     if HAS_SKIP and tl.load(skip) != 0:
         return
-    row, begin, n = _place(table, chunks, TILES)
+    row, begin, n = _place(table, chunks, ROWS * BLOCK * TILES)
     key = (tl.load(table + row * COLUMNS + KEY) + tl.load(table + row * COLUMNS + FIRST)).to(tl.uint32)
     s = scalars + row * SCALARS
     zero = tl.zeros((ROWS, FOURS), tl.float64)
     gg, ww, vw, uu, ub, error = zero, zero, zero, zero, zero, zero
     for tile in range(TILES):
-        start = begin + tile * TILE
-        if start + TILE <= n:
+        start = begin + tile * ROWS * BLOCK
+        if start + ROWS * BLOCK <= n:
             gg, ww, vw, uu, ub, error = _update_tile(
                 table, s, row, start, n, key, (gg, ww, vw, uu, ub, error),
                 RANK_ONE, WEIGHT, GRADIENT, STATE, WEIGHTS_TOO, ALIGNED, False,
@@ -496,15 +497,15 @@ def _update(
 def _reduce(
     table, scalars, chunks, partial, skip,
     HAS_SKIP: tl.constexpr, RANK_ONE: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr,
-    WEIGHTS_TOO: tl.constexpr, ALIGNED: tl.constexpr, TILES: tl.constexpr,
+    WEIGHTS_TOO: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    row, begin, n = _place(table, chunks, TILES)
+    row, begin, n = _place(table, chunks, ROWS * BLOCK * TILES)
     s = scalars + row * SCALARS
     zero = tl.zeros((ROWS, FOURS), tl.float64)
     gg, peak, ug, ww, vw, uu, ub = zero, tl.zeros((ROWS, FOURS), tl.int32), zero, zero, zero, zero, zero
     for tile in range(TILES):
-        start = begin + tile * TILE
-        if start + TILE <= n:
+        start = begin + tile * ROWS * BLOCK
+        if start + ROWS * BLOCK <= n:
             gg, peak, ug, ww, vw, uu, ub = _reduce_tile(
                 table, s, row, start, n, (gg, peak, ug, ww, vw, uu, ub),
                 RANK_ONE, WEIGHT, GRADIENT, STATE, WEIGHTS_TOO, ALIGNED, False,
