@@ -132,11 +132,12 @@ def test_a_cuda_graph_replays_the_step(variant: str, options: dict[str, Any]) ->
     captured = OPTIMIZERS[variant](graphed, lr=lr, capturable=True, **schedule, **options)
     other = OPTIMIZERS[variant](plain, lr=0.1, **schedule, **options)
     graphed[0].grad = torch.randn(50, 100, device="cuda")
+    plain[0].grad = graphed[0].grad.clone()  # before "factored" scales it in place
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         captured.step()
     torch.cuda.current_stream().wait_stream(stream)
-    plain[0].grad = graphed[0].grad.clone()
     other.step()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

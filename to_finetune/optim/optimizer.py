@@ -163,6 +163,8 @@ class TrainableOptimizer(StatefulOptimizer):
         step, self._prepared = self._prepared, None
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if step is None or capturing or not step.renew(self.param_groups, self.state):
+            if step is not None and not capturing:
+                self._carried.clear()  # what has changed may be in the sums
             step = self._prepare([(group, self._members(group)) for group in self.param_groups])
         first = next((member for _, members in step.work for member in members), None)
         if first is None:
@@ -238,7 +240,10 @@ class TrainableOptimizer(StatefulOptimizer):
         return [*batches, *plain.values()]
 
     def _measure(self, parts: Sequence[Part]) -> None:
-        fused_path.measure([part for part in parts if isinstance(part, Batch)], self._carried)
+        batches = [part for part in parts if isinstance(part, Batch)]
+        for batch in batches:
+            batch.take_gradients()
+        fused_path.measure(batches, self._carried)
         for part in parts:
             if not isinstance(part, Batch) and (part.needs_gradient_sums or part.needs_weight_sums):
                 part.sums = torch.stack([self._sums(part, member) for member in part.members])

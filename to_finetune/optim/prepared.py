@@ -110,7 +110,6 @@ class Prepared:
             matrices.take_gradients()
         for batch in self.parts:
             assert isinstance(batch, Batch)
-            batch.take_gradients()
             alike = [counts for counts in self.counts if _are(counts.states, batch.states)]
             batch.taken = alike[0].vectors["step"] if alike else None
         return True

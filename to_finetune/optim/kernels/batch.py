@@ -67,7 +67,6 @@ class Batch(Part):
             unused,
         ]
         self._rows = torch.tensor(columns).t().contiguous()
-        self.take_gradients()
 
     def take_gradients(self) -> None:
         """Look where the members' gradients lie, and forget what was summed up with others."""
