@@ -9,6 +9,7 @@ Writes results/tables.md, curves.svg and sensitivity.svg (and PNGs of both, to l
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -45,23 +46,27 @@ class Judged(NamedTuple):
 
 def main() -> None:
     cells = {cell: judged(cell) for cell in [*CELLS, ON_GPU]}
-    cells = {cell: methods for cell, methods in cells.items() if methods}
-    write_whole(RESULTS / "tables.md", "\n\n".join(tables(cells)) + "\n")
+    begun = [tried(cell) for cell, methods in cells.items() if REFERENCE not in methods and runs_of(cell)]
+    cells = {cell: methods for cell, methods in cells.items() if REFERENCE in methods}
+    write_whole(RESULTS / "tables.md", "\n\n".join([*tables(cells), *begun]) + "\n")
     curves(cells)
     sensitivity(cells)
     print((RESULTS / "tables.md").read_text(encoding="utf-8"))
 
 
-def judged(cell: str) -> dict[str, Judged]:
-    """The methods of a cell whose runs are all there."""
+def runs_of(cell: str) -> dict[str, list[Run]]:
+    """By method."""
     path = RESULTS / f"{cell.replace('/', '-')}.jsonl"
-    if not path.exists():
-        return {}
     by_method: dict[str, list[Run]] = defaultdict(list)
-    for line in path.read_text(encoding="utf-8").splitlines()[1:]:
+    for line in path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else ():
         run = json.loads(line)
         by_method[run["method"]].append(run)
-    found = {}
+    return by_method
+
+
+def judged(cell: str) -> dict[str, Judged]:
+    """The methods of a cell whose runs are all there."""
+    by_method, found = runs_of(cell), {}
     for method in METHODS:
         tuning = {run["lr"]: run for run in by_method[method] if run["seed"] == TUNING_SEED}
         finished = {lr: run["alpaca"] for lr, run in tuning.items() if run["alpaca"] is not None}
@@ -115,6 +120,28 @@ def tables(cells: dict[str, dict[str, Judged]]) -> list[str]:
             rows.append(f"| {' | '.join(cells_)} | {one.runs[0]['state_bytes_a_weight']} |")
         parts.append("\n".join(rows))
     return parts
+
+
+def tried(cell: str) -> str:
+    """Of a cell that is not judged yet: the runs of seed 0 at each method's best rate, and what is untuned."""
+    rows = [
+        f"**{cell}**, not judged: the best of seed 0, and the mean of the untuned method's seeds\n",
+        "| method | rates tried | lr | held out | user-oriented | training, mean | first fifth | ms a step |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    by_method = runs_of(cell)
+    for name in (name for name in METHODS if name in by_method):
+        runs = by_method[name]
+        if METHODS[name].lr is not None:
+            finished = [run for run in runs if run["seed"] == TUNING_SEED and run["alpaca"] is not None]
+            runs = [min(finished, key=lambda run: run["alpaca"])]
+        means = [
+            fmean(measured(run, what) or math.inf for run in runs) for what in ("alpaca", "user", "train", "first")
+        ]
+        losses, ms = " | ".join(f"{x:.3f}" for x in means), 1e3 * fmean(run["seconds_a_step"] for run in runs)
+        rates = len({run["lr"] for run in by_method[name]})
+        rows.append(f"| {METHODS[name].title} | {rates} | {runs[0]['lr']:.2g} | {losses} | {ms:.0f} |")
+    return "\n".join(rows)
 
 
 def against(found: dict[str, Judged], method: str) -> str:
