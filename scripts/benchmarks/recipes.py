@@ -2,11 +2,11 @@
 
     python scripts/benchmarks/recipes.py [--recipes llama-7b-last2 ...] [--at_once 1]
 
-Each recipe is run as it stands, in a process of its own, on a Llama-7B with random weights and on rows that fill 8 x 512
-tokens, but for four steps of two such batches. Needs the GPU alone, 14 GB of disk, and bitsandbytes for the 4-bit ones;
-writes recipes-<GPU>.json beside this file. "Planned" is what every run prints, without CUDA's own context; "measured" is
-the most that torch had allocated while it trained. Recipes that run at once share the GPU: their memory is
-their own, their speed is not. `--table` prints the results that are there.
+Each recipe is run as it stands, in a process of its own, on a Llama-7B with random weights and on rows that fill 8 x
+512 tokens, but for four steps of two such batches. Needs the GPU alone, 14 GB of disk, and bitsandbytes for the 4-bit
+ones; writes recipes-<GPU>.json beside this file. "Planned" is what every run prints, without CUDA's own context;
+"measured" is the most that torch had allocated while it trained. Recipes that run at once share the GPU: their memory
+is their own, their speed is not. `--table` prints the results that are there.
 """
 
 from __future__ import annotations
