@@ -132,8 +132,12 @@ def triton() -> ModuleType:
 
     if type(gpu._update).__name__ != "InterpretedFunction":
         pytest.skip("Triton was imported without TRITON_INTERPRET=1")
+    SHIPPED.setdefault("tiles", (gpu.ROWS, gpu.TILES))
     gpu.ROWS, gpu.TILES = 64, 8  # the interpreter takes as long for a small tile as for a large one
     return gpu
+
+
+SHIPPED: dict[str, tuple[int, int]] = {}
 
 
 @pytest.fixture(params=[pytest.param(cpu, marks=needs_compiler), triton], ids=["cpp", "triton"])
@@ -157,6 +161,17 @@ def test_fused_equals_the_rules(variant: str, name: str, kernels: mock.MagicMock
     assert sum(function in ("update", "measure_and_update") for function in called) >= steps
     are_factored = OPTIONS[name].get("grad_scale") == "factored"
     assert ("equalize" if hasattr(kernels, "equalize") else "scale") in called or not are_factored
+
+
+@pytest.mark.parametrize("variant", ["diagonal", "rank_one"])
+def test_the_tiles_that_a_gpu_gets_equal_the_rules(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = triton()
+    for name, number in zip(("ROWS", "TILES"), SHIPPED["tiles"], strict=True):
+        monkeypatch.setattr(gpu, name, number)
+    tolerance = BITS if variant == "diagonal" else {"rtol": 0.0, "atol": 2.0}
+    weights = make_weights([(31,), (700,), (17_000,)], torch.float32)  # the last one takes two chunks
+    with mock.patch.object(fused, "kernels_for", return_value=gpu):
+        assert_same_trajectory(variant, "fused", weights, OPTIONS["int8 state"], tolerance, 2)
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8])

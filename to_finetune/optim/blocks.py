@@ -79,7 +79,7 @@ class Part:
     @cached_property
     def numels(self) -> Tensor:
         """`numels_of` its members."""
-        return numels_of(self.members)
+        return numels_of(self.members, self.members[0].p.device)
 
     @property
     def needs_weight_sums(self) -> bool:
@@ -132,7 +132,7 @@ def share(variant: str, may_skip: bool, work: Work, parts: Sequence[Part]) -> li
                 once = list({member.position: member for member in members if member.shards == shards}.values())
                 if once:
                     sums = table[_index(rows, once, table.device)]
-                    blocks.append(_totals(group, sums, once, numels_of(once)).block)
+                    blocks.append(_totals(group, sums, once, numels_of(once, sums.device)).block)
             columns = zip(*blocks, strict=True)
             whole = [torch.stack([x.sum().to(blocks[0].n.device) for x in column]).sum() for column in columns]
             for part in measured:
@@ -168,9 +168,8 @@ def _index(rows: Mapping[int, int], members: Sequence[Member], device: torch.dev
     return to_device(torch.tensor([rows[member.position] for member in members]), device)
 
 
-def numels_of(members: Sequence[Member]) -> Tensor:
-    """The numbers of weights of the members' whole tensors, on the first one's device, in what sums are taken in."""
-    device = members[0].p.device
+def numels_of(members: Sequence[Member], device: torch.device) -> Tensor:
+    """The numbers of weights of the members' whole tensors, in what sums are taken in on this device."""
     return to_device(torch.tensor([float(member.numel) for member in members], dtype=accumulator(device)), device)
 
 
@@ -195,10 +194,14 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
-def keep_for_graphs(*read: Any) -> None:
+def keep_for_graphs(*tensors: Tensor) -> None:
     """Keep alive what a CUDA graph that is being captured will read at each replay."""
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        _READ_BY_GRAPHS.extend(read)
+    if is_capturing():
+        _READ_BY_GRAPHS.extend(tensors)
 
 
-_READ_BY_GRAPHS: list[Any] = []  # a graph may live as long as the process
+def is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+_READ_BY_GRAPHS: list[Tensor] = []  # a graph may live as long as the process

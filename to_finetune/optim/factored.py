@@ -57,19 +57,24 @@ class Matrices:
         """The members' new ones; they must be whole."""
         for piece, member in zip(self.pieces, self.members, strict=True):
             piece.grad = member.grad
+        if self.fused:
+            self.fused.take_gradients()
 
     @cached_property
     def sizes_on_device(self) -> Tensor:
         return to_device(torch.tensor(self.sizes), self.kind.device)
 
     @cached_property
-    def fused(self) -> tuple[ModuleType, Pieces] | None:
-        """The kernels for its pieces, and these as the kernels take them; None where the plain path scales them."""
+    def kernels(self) -> ModuleType | None:
+        return (
+            fused.kernels_like(self.pieces[0].grad, [self.kind.dtype]) if self.kind.may_fuse and self.pieces else None
+        )
+
+    @cached_property
+    def fused(self) -> Pieces | None:
+        """Its pieces as the kernels take them; None where the plain path scales them."""
         contiguous = all(piece.grad.is_contiguous() for piece in self.pieces)
-        if not (self.kind.may_fuse and self.pieces and contiguous):
-            return None
-        kernels = fused.kernels_like(self.pieces[0].grad, [self.kind.dtype])
-        return None if kernels is None else (kernels, Pieces(self.pieces))
+        return Pieces(self.pieces) if contiguous and self.kernels else None
 
 
 def matrices_of(work: Sequence[tuple[Mapping[str, Any], list[Member]]], shapes: Sequence[torch.Size]) -> list[Matrices]:
@@ -94,21 +99,16 @@ def matrices_of(work: Sequence[tuple[Mapping[str, Any], list[Member]]], shapes: 
 
 def equalize_(matrices: Matrices) -> None:
     """Scale their gradients in place."""
-    kind = matrices.kind
-    kernels, pieces = matrices.fused or (None, None)
+    kind, kernels = matrices.kind, matrices.kernels if matrices.fused else None
     if kernels and not kind.shards and hasattr(kernels, "equalize"):
-        kernels.equalize(pieces)
+        kernels.equalize(matrices.fused)
         return
+    add_squares, scale = (kernels.add_squares, kernels.scale) if kernels else (_add_squares, _scale)
+    pieces: Any = matrices.fused or matrices.pieces
     squares = torch.zeros(matrices.size, dtype=accumulator(kind.device), device=kind.device)
-    if kernels:
-        kernels.add_squares(pieces, squares)
-    else:
-        _add_squares(matrices.pieces, squares)
-    factors = _factors_(all_reduce(squares, kind.shards), matrices.sizes_on_device).to(kind.dtype)
-    if kernels:
-        kernels.scale(pieces, factors)
-    else:
-        _scale(matrices.pieces, factors)
+    add_squares(pieces, squares)
+    factors = _factors_(all_reduce(squares, kind.shards), matrices.sizes_on_device)
+    scale(pieces, factors.to(kind.dtype))
 
 
 def _pieces(member: Member, columns: int, row: int, column: int) -> Iterator[Piece]:

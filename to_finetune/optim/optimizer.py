@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from to_finetune.optim import edges
-from to_finetune.optim.blocks import ERROR, GG, PEAK, SUMS, WW, New, Part, keep_for_graphs, share
+from to_finetune.optim.blocks import ERROR, GG, PEAK, SUMS, WW, New, Part, is_capturing, share
 from to_finetune.optim.diagnostics import Diagnostics
 from to_finetune.optim.factored import Matrices, equalize_, matrices_of
 from to_finetune.optim.kernels import fused as fused_path
@@ -160,12 +160,7 @@ class TrainableOptimizer(StatefulOptimizer):
 
     @torch.compiler.disable(recursive=True)  # the kernels are compiled already; a user's compiled loop calls them
     def _take_step(self) -> None:
-        step, self._prepared = self._prepared, None
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        if step is None or capturing or not step.renew(self.param_groups, self.state):
-            if step is not None and not capturing:
-                self._carried.clear()  # what has changed may be in the sums
-            step = self._prepare([(group, self._members(group)) for group in self.param_groups])
+        step = self._next()
         first = next((member for _, members in step.work for member in members), None)
         if first is None:
             return
@@ -176,10 +171,18 @@ class TrainableOptimizer(StatefulOptimizer):
             if members and group["max_norm"] is not None:
                 self._project(group)
         step.let_go()
-        if capturing:
-            keep_for_graphs(step)  # its arrays are read at each replay, and not filled before
-        elif step.repeats:
+        if step.repeats and not is_capturing():  # what a graph is to fill is empty before its first replay
             self._prepared = step
+
+    def _next(self) -> Prepared:
+        """The last step with new gradients, or where more is new, or a graph must hold all of it, a new one."""
+        step, self._prepared = self._prepared, None
+        if step is None or is_capturing() or not step.is_like(self.param_groups, self.state):
+            return self._prepare([(group, self._members(group)) for group in self.param_groups])
+        step.take_gradients()
+        for matrices in step.matrices:
+            equalize_(matrices)
+        return step
 
     @torch.no_grad()
     @torch.compiler.disable(recursive=True)
@@ -196,17 +199,18 @@ class TrainableOptimizer(StatefulOptimizer):
         self._step_members(self._prepare([(group, members)]))
 
     def _prepare(self, work: Sequence[tuple[Group, list[Member]]]) -> Prepared:
+        """A step of these, their gradients scaled by rows and columns where that is asked for."""
         matrices: list[Matrices] = []
         if any(group["grad_scale"] == "factored" for group, _ in work):
-            matrices = matrices_of(work, [shape for known in self._given for shape in known.shapes])
+            matrices = matrices_of(work, [shape for given in self._given for shape in given.shapes])
+        for known in matrices:
+            equalize_(known)  # before any part takes a copy of a gradient
         may_skip = any(group["skip_nonfinite"] for group, _ in work)
         parts = [part for group, members in work for part in self._parts(group, members, may_skip)]
         return Prepared(work, parts, matrices, self.state)
 
     def _step_members(self, step: Prepared) -> None:
         """Move the weights, and count the step."""
-        for matrices in step.matrices:
-            equalize_(matrices)
         work, parts, may_skip = step.work, step.parts, any(group["skip_nonfinite"] for group, _ in step.work)
         self._diagnostics.expect(step.sharers)
         self._measure(parts)

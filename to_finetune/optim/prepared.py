@@ -8,7 +8,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from to_finetune.optim.blocks import Part
 from to_finetune.optim.factored import Matrices
 from to_finetune.optim.kernels.batch import Batch, as_vector
 from to_finetune.optim.sharding import Member
+from to_finetune.optim.stateful import Group, options_of
 
-Group = dict[str, Any]
 NONE = torch.empty(0)  # in the place of gradients that are over
 
 
@@ -58,7 +57,8 @@ class Prepared:
         parts: the members by what moves them.
         matrices: whose gradients are scaled by rows and columns first.
         counts: of the steps.
-        sharers: the sets of processes that share weights.
+        sharers: the sets of processes that share weights, in the order in which they are met.
+        repeats: whether another step may be like it: where the fused kernels move all weights, each of them whole.
     """
 
     def __init__(
@@ -69,71 +69,67 @@ class Prepared:
         states: Mapping[Tensor, dict[str, Tensor]],
     ) -> None:
         self.work, self.parts, self.matrices = work, parts, matrices
+        self._members = [member for _, members in work for member in members]
+        self._batches = [part for part in parts if isinstance(part, Batch)]
+        self._options = [options_of(group) for group, _ in work]
+        self._states, self._dtypes = list(states.values()), [member.grad.dtype for member in self._members]
         self.counts = list(_counts(work, states))
-        self.sharers = {member.shards for _, members in work for member in members}
-        self._options = [_options(group) for group, _ in work]
-        self._states = list(states.values())
-
-    @cached_property
-    def repeats(self) -> bool:
-        """Whether another step may use it: where the fused kernels move all weights, each of them whole."""
-        members = [member for _, members in self.work for member in members]
-        return (
-            all(isinstance(part, Batch) and part.pending is None for part in self.parts)
-            and len(members) == sum(len(part.members) for part in self.parts)
-            and all(member.p is member.owner and not member.shards for member in members)
+        self.sharers = list(dict.fromkeys(member.shards for member in self._members))
+        self.repeats = (
+            len(self._members) == sum(len(batch.members) for batch in self._batches)
+            and all(member.p is member.owner and not member.shards for member in self._members)
+            and all(known.fused for known in matrices)
         )
 
-    def renew(self, groups: Sequence[Group], states: Mapping[Tensor, dict[str, Tensor]]) -> bool:
-        """Take the weights' new gradients; False where anything else is not as it was."""
+    def is_like(self, groups: Sequence[Group], states: Mapping[Tensor, dict[str, Tensor]]) -> bool:
+        """Whether nothing but gradients and lr is other than it was."""
         if len(groups) != len(self.work) or not _are(states.values(), self._states):
             return False
-        gradients: list[Tensor] = []
         for group, (known, members), options in zip(groups, self.work, self._options, strict=True):
             with_gradients = [p for p in group["params"] if p.grad is not None]
-            if group is not known or _options(group) != options:
+            if group is not known or options_of(group) != options:
                 return False
             if not _are(with_gradients, [member.owner for member in members]):
                 return False
-            gradients += [p.grad for p in with_gradients]
-        members = [member for _, members in self.work for member in members]
-        if not (
-            all(grad.layout == torch.strided and grad.is_contiguous() for grad in gradients)
-            and all(grad.dtype == member.p.dtype for grad, member in zip(gradients, members, strict=True))
-            and all(isinstance(part, Batch) and part.is_in_place() for part in self.parts)
+        gradients = [_gradient(member) for member in self._members]
+        return (
+            [grad.dtype for grad in gradients] == self._dtypes
+            and all(grad.layout == torch.strided and grad.is_contiguous() for grad in gradients)
+            and all(batch.is_in_place() for batch in self._batches)
             and all(counts.are_in_place() for counts in self.counts)
-        ):
-            return False
-        for member, grad in zip(members, gradients, strict=True):
-            member.grad = grad
+        )
+
+    def take_gradients(self) -> None:
+        """The weights' new ones."""
+        for member in self._members:
+            member.grad = _gradient(member)
         for matrices in self.matrices:
             matrices.take_gradients()
-        for batch in self.parts:
-            assert isinstance(batch, Batch)
-            alike = [counts for counts in self.counts if _are(counts.states, batch.states)]
-            batch.taken = alike[0].vectors["step"] if alike else None
-        return True
+        for batch in self._batches:
+            if batch.taken is None:
+                alike = [counts for counts in self.counts if _are(counts.states, batch.states)]
+                batch.taken = alike[0].vectors["step"] if alike else None
 
     def let_go(self) -> None:
         """Of the gradients, which would live on otherwise."""
-        for _, members in self.work:
-            for member in members:
-                member.grad = NONE
-        for part in self.parts:
-            if isinstance(part, Batch):
-                part.grads = []
+        for member in self._members:
+            member.grad = NONE
+        for batch in self._batches:
+            batch.grads = []
         for matrices in self.matrices:
             for piece in matrices.pieces:
                 piece.grad = NONE
 
 
+def _gradient(member: Member) -> Tensor:
+    grad = member.owner.grad
+    assert grad is not None
+    return grad
+
+
 def _are(found: Collection[Any], known: Collection[Any]) -> bool:
     """Whether they are the same objects."""
     return len(found) == len(known) and all(map(operator.is_, found, known))
-
-
-def _options(group: Group) -> Group:
-    return {name: value for name, value in group.items() if name not in ("params", "lr")}
 
 
 def _counts(work: Sequence[tuple[Group, list[Member]]], states: Mapping[Tensor, dict[str, Tensor]]) -> Iterable[Counts]:

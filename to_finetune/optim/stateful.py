@@ -68,9 +68,8 @@ class StatefulOptimizer(Optimizer, ABC):
     def _remember(self, group: Group) -> None:
         """Record another group, in whose parameters' place a wrapper may put others."""
         params = group["params"]
-        options = {key: value for key, value in group.items() if key not in ("params", "lr")}
         start = sum(len(known.refs) for known in self._given)
-        self._given.append(given(params, start, options))
+        self._given.append(given(params, start, options_of(group)))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -212,6 +211,11 @@ class StatefulOptimizer(Optimizer, ABC):
 
     def _start(self, group: Group, members: Sequence[Member]) -> None:
         """Set what of new state does not start at zero."""
+
+
+def options_of(group: Group) -> Group:
+    """All but lr, which a schedule changes."""
+    return {name: value for name, value in group.items() if name not in ("params", "lr")}
 
 
 def compute_dtype(p: Tensor) -> torch.dtype:

@@ -36,6 +36,7 @@ class Batch(Part):
     Attributes:
         formats: numbers of the variant and of the formats of weights, gradients and state, as the kernels know them.
         names: of the state.
+        places: the addresses of weights, state and exponents.
         grads: the members' gradients, contiguous.
         aligned: whether all addresses are multiples of 16.
         table: (members, 11) int64 on the kernels' device.
@@ -53,12 +54,16 @@ class Batch(Part):
     taken: Tensor | None = None
 
     def __post_init__(self) -> None:
-        self._places = self._find()
-        self._alignment = reduce(operator.or_, chain.from_iterable(self._places[: 1 + len(self.names)]))
+        self.places = self._find()
+        self._alignment = reduce(operator.or_, chain.from_iterable(self.places[: 1 + len(self.names)]))
         unused = [0] * len(self.members)
-        states, exponents = self._places[1 : 1 + len(self.names)], self._places[1 + len(self.names) :]
+        weights, states, exponents = (
+            self.places[0],
+            self.places[1:][: len(self.names)],
+            self.places[1 + len(self.names) :],
+        )
         columns = [
-            self.pointers,
+            weights,
             unused,
             *(*states, *[unused] * STATES)[:STATES],
             *(*exponents, *[unused] * STATES)[:STATES],
@@ -81,18 +86,14 @@ class Batch(Part):
 
     def is_in_place(self) -> bool:
         """Whether weights and state lie where they lay when this was made."""
-        return self._find() == self._places and all(p.is_contiguous() for p in self.params)
+        same = self._find() == self.places and tuple(p.numel() for p in self.params) == self.numbers
+        return same and all(p.is_contiguous() for p in self.params)
 
     def _find(self) -> list[list[int]]:
         """The addresses of weights, state and exponents."""
         is_int8 = self.formats[3] == FORMATS[torch.int8]
         names = [*self.names, *map(exponents_name, self.names if is_int8 else ())]
         return [[p.data_ptr() for p in self.params], *([state[x].data_ptr() for state in self.states] for x in names)]
-
-    @property
-    def pointers(self) -> list[int]:
-        """The addresses of the weights."""
-        return self._places[0]
 
     @property
     def device(self) -> torch.device:
@@ -159,7 +160,8 @@ class Carried:
 
     def __init__(self, batch: Batch, sums: Tensor) -> None:
         self.sums = sums
-        self._params, self._pointers = batch.params, batch.pointers
+        self._params, self._places, self._numbers = batch.params, batch.places, batch.numbers
+        self._states = batch.states  # alive, so that no others take their addresses
         self._versions = [p._version for p in self._params]
 
     def holds_for(self, batch: Batch) -> bool:
@@ -167,7 +169,7 @@ class Carried:
         return (
             len(self._params) == len(params)
             and all(map(operator.is_, self._params, params))
-            and self._pointers == batch.pointers
+            and (self._places, self._numbers) == (batch.places, batch.numbers)
             and self._versions == [p._version for p in params]
         )
 
@@ -239,9 +241,26 @@ class Piece:
 
 @dataclass(eq=False)
 class Pieces:
-    """What the kernels of factored gradients take in one call: pieces of one format on one device."""
+    """What the kernels of factored gradients take in one call: pieces of one format on one device.
+
+    Attributes:
+        table: (pieces, 5) int64 on the host: address, rows, columns, and the places of the first ones.
+        aligned: whether all rows begin at multiples of 16 bytes.
+    """
 
     pieces: list[Piece]
+
+    def __post_init__(self) -> None:
+        rows = [(0, *size, piece.row, piece.column) for size, piece in zip(self.sizes, self.pieces, strict=True)]
+        self.table = torch.tensor(rows, device="cpu").view(-1, 5)
+        self.take_gradients()
+
+    def take_gradients(self) -> None:
+        """Look where the pieces' gradients lie."""
+        addresses = [piece.grad.data_ptr() for piece in self.pieces]
+        self.table[:, 0] = torch.tensor(addresses)
+        rows_align = all(columns % 16 == 0 for _, columns in self.sizes)
+        self.aligned = rows_align and all(address % 16 == 0 for address in addresses)
 
     @property
     def format(self) -> int:
@@ -251,20 +270,3 @@ class Pieces:
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """Rows and columns of each."""
         return tuple((piece.rows, piece.columns) for piece in self.pieces)
-
-    @cached_property
-    def table(self) -> Tensor:
-        """(pieces, 5) int64 on the host: address, rows, columns, and the places of the first ones."""
-        rows = [(0, *size, piece.row, piece.column) for size, piece in zip(self.sizes, self.pieces, strict=True)]
-        return torch.tensor(rows, device="cpu").view(-1, 5)
-
-    def renewed_table(self) -> Tensor:
-        """The table with the addresses of the gradients that the pieces have now."""
-        self.table[:, 0] = torch.tensor([piece.grad.data_ptr() for piece in self.pieces])
-        return self.table
-
-    @property
-    def aligned(self) -> bool:
-        """Whether all rows begin at multiples of 16 bytes."""
-        whole = all(columns % 16 == 0 for _, columns in self.sizes)
-        return whole and all(piece.grad.data_ptr() % 16 == 0 for piece in self.pieces)

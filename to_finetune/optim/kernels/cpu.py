@@ -66,9 +66,8 @@ def equalize(matrices: Pieces) -> None:
 
 def _call_on_pieces(function: str, pieces: Pieces, *numbers: Tensor) -> None:
     if pieces.pieces:
-        table, threads = pieces.renewed_table(), torch.get_num_threads()
-        arrays = (_address(x) for x in (table, *numbers))
-        library()[function](pieces.format, ctypes.c_int64(len(table)), *arrays, threads)
+        arrays = (_address(x) for x in (pieces.table, *numbers))
+        library()[function](pieces.format, ctypes.c_int64(len(pieces.table)), *arrays, torch.get_num_threads())
 
 
 def _call(function: str, batch: Batch, scalars: Tensor, weights: bool, *more: Any) -> Tensor:

@@ -130,26 +130,25 @@ def step(batch: Batch, skip: Tensor | None, carried: dict[int, Carried]) -> Tens
         sums = batch.kernels.update(batch, own, keeps, None if skip is None else skip.to(own.device))
     increment_version(batch.params)
     if keeps:
-        position = batch.members[0].position
+        known = carried.get(batch.members[0].position)
         after = sums if skip is None else torch.where(skip.to(own.device), batch.sums, sums)  # type: ignore[arg-type]
-        if batch.group["capturable"] and batch.held is not None:
-            after = batch.held.copy_(after)  # each replay reads where the last one wrote
+        if batch.group["capturable"] and known is not None and known.sums.shape == after.shape:
+            after = known.sums.copy_(after)  # each replay reads where the last step or replay wrote
             keep_for_graphs(after)
-        carried[position] = Carried(batch, after)
+        carried[batch.members[0].position] = Carried(batch, after)
     return sums
 
 
 def _scalars(batch: Batch) -> Tensor:
     """The rates of each tensor, (tensors, 10) float32; sets the keys of its random bits where the device counts."""
     group, device = batch.group, batch.device
-    taken = batch.steps
+    taken, is_readable = batch.steps, may_read(group, batch.steps)
     lr_on_device = isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu"
-    if may_read(group, taken) and not lr_on_device:
+    if is_readable and not lr_on_device:
         steps = taken.tolist()
         rates = {step: [float(x) for x in _columns(group, int(step))] for step in set(steps)}
         alike = len(rates) == 1
         return rows(rates[steps[0]], batch) if alike else to_device(torch.tensor([rates[x] for x in steps]), device)
-    is_readable = may_read(group, taken)
     taken = taken.to(device, non_blocking=True).double()
     if batch.rounds and not is_readable:
         batch.set_keys(taken)

@@ -1,8 +1,8 @@
 """The fused path on GPUs, in Triton: one launch a pass for all tensors of a batch, whatever their number and sizes.
 
 The twin of `rules.py` and of `cpu.cpp`, and equal to them bit for bit where a GPU's float32 is: products and sums are
-not contracted, division and square root round correctly, sums are taken in float64 and in a fixed order. Runs on CPU
-tensors in Triton's interpreter, which is how it is tested without a GPU.
+not contracted, division and square root round correctly, the sums that a step needs are taken in float64, and all in a
+fixed order. Runs on CPU tensors in Triton's interpreter, which is how it is tested without a GPU.
 
 A program of a step takes a chunk of one tensor, in tiles of ROWS rows of 32 weights: the blocks of int8 state. Tensors
 are found by address, in a table made for each step, since gradients move. There is no autotuning: it would run a step
@@ -27,13 +27,15 @@ from to_finetune.optim.kernels.batch import Batch, Pieces
 ROWS, TILES, WARPS = 8, 64, 2
 COMBINED = 1024  # chunks' sums that are added up at a time
 HIGH, WIDE = 32, 128  # rows and columns of a gradient that are squared or scaled at a time
-TALL = 512  # rows whose squares one program adds up
+TALL = 512  # rows whose squares one program adds up, a multiple of HIGH
+ADDED = 128  # rows or columns whose sums are added up by one program
 AT_ONCE = 1 << 29  # elements of gradients that are squared in one launch
 MANY_WARPS = 8
 
 BLOCK, FOURS = tl.constexpr(32), tl.constexpr(8)
 SMALLEST_DIVISOR = tl.constexpr(1e-30)
-SHIFT = tl.constexpr(12582912.0)  # 1.5 * 2^23: a small integer more changes its last bits; faster than conversions
+# 1.5 * 2^23 and its bits: a small integer more changes the last ones, which is faster than a conversion.
+SHIFT, SHIFT_BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)
 
 FLOAT32, BFLOAT16, INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 GG, PEAK, UG, WW, VW, UU, UB, ERROR, SUMS = (tl.constexpr(k) for k in range(9))
@@ -110,7 +112,7 @@ def add_squares(pieces: Pieces, sums: Tensor) -> None:
     they found, in order.
     """
     turns = [piece.turn for piece in pieces.pieces]
-    whole = to_device(pieces.renewed_table(), sums.device)
+    whole = to_device(pieces.table, sums.device)
     for begin, end in _launches(pieces.sizes):
         sizes, table = pieces.sizes[begin:end], whole[begin:end]
         places, count = _places(sizes, sums.device)
@@ -118,18 +120,18 @@ def add_squares(pieces: Pieces, sums: Tensor) -> None:
         blocks = [-(-columns // WIDE) * -(-rows // TALL) for rows, columns in sizes]
         _launch_on_pieces(_square, blocks, pieces, table, places, found, TALL=TALL)
         arrays = table, places, found, sums
-        more: dict[str, Any] = {"TALL": TALL, "COMBINED": COMBINED}
-        blocks = [-(-rows // COMBINED) for rows, _ in sizes]
+        more: dict[str, Any] = {"TALL": TALL, "ADDED": ADDED}
+        blocks = [-(-rows // ADDED) for rows, _ in sizes]
         _launch_on_pieces(_combine_squares, blocks, pieces, *arrays, OF_COLUMNS=False, **more)
         for turn in sorted(set(turns[begin:end])):
             of_turn = [this == turn for this in turns[begin:end]]
-            blocks = [-(-columns // COMBINED) * now for (_, columns), now in zip(sizes, of_turn, strict=True)]
+            blocks = [-(-columns // ADDED) * now for (_, columns), now in zip(sizes, of_turn, strict=True)]
             _launch_on_pieces(_combine_squares, blocks, pieces, *arrays, OF_COLUMNS=True, **more)
 
 
 def scale(pieces: Pieces, factors: Tensor) -> None:
     """Multiply each element by its row's and its column's factor, in place, rounded after each."""
-    table = to_device(pieces.renewed_table(), factors.device)
+    table = to_device(pieces.table, factors.device)
     _launch_on_pieces(_scale, [-(-rows // HIGH) for rows, _ in pieces.sizes], pieces, table, factors)
 
 
@@ -155,7 +157,7 @@ def _launch_on_pieces(
 
 
 def _launches(sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Runs of pieces whose sums of squares take some 40 MB before they are added up."""
+    """Runs of pieces that are squared in one launch, so that what it finds stays some 40 MB: AT_ONCE, or one larger."""
     begin, weights = 0, 0
     for i, (rows, columns) in enumerate(sizes):
         if i > begin and weights + rows * columns > AT_ONCE:
@@ -255,7 +257,7 @@ def _load_state(pointer, exponents, offsets, blocks, n, FORMAT: tl.constexpr, MA
     if FORMAT != INT8:
         return _load(pointer, offsets, n, MASKED)
     codes = _load_stored(pointer, offsets, n, MASKED)
-    x = (codes.to(tl.int32) + 0x4B400000).to(tl.float32, bitcast=True) - SHIFT
+    x = (codes.to(tl.int32) + SHIFT_BITS).to(tl.float32, bitcast=True) - SHIFT
     e = tl.load(exponents + blocks, mask=blocks * BLOCK < n, other=0).to(tl.int32)
     return x * tl.abs(x) * _power(e)[:, None]
 
@@ -578,7 +580,7 @@ def _square(
 @triton.jit
 def _combine_squares(
     table, programs, places, found, sums,
-    OF_COLUMNS: tl.constexpr, COMBINED: tl.constexpr, TALL: tl.constexpr,
+    OF_COLUMNS: tl.constexpr, ADDED: tl.constexpr, TALL: tl.constexpr,
     GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Add what `_square` found of some rows, or columns, of a piece to their sums."""
@@ -588,7 +590,7 @@ def _combine_squares(
         begin, out, length, parts = tl.load(place + 1), sums + column, columns, tl.cdiv(rows, TALL)
     else:
         begin, out, length, parts = tl.load(place), sums + row, rows, tl.cdiv(columns, WIDE)
-    i = block * COMBINED + tl.arange(0, COMBINED)
+    i = block * ADDED + tl.arange(0, ADDED)
     total = tl.load(out + i, mask=i < length, other=0)
     for part in range(0, parts, HIGH):
         k = part + tl.arange(0, HIGH).to(tl.int64)
