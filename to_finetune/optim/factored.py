@@ -66,9 +66,9 @@ class Matrices:
 
     @cached_property
     def kernels(self) -> ModuleType | None:
-        return (
-            fused.kernels_like(self.pieces[0].grad, [self.kind.dtype]) if self.kind.may_fuse and self.pieces else None
-        )
+        if not (self.kind.may_fuse and self.pieces):
+            return None
+        return fused.kernels_like(self.pieces[0].grad, [self.kind.dtype])
 
     @cached_property
     def fused(self) -> Pieces | None:

@@ -57,11 +57,8 @@ class Batch(Part):
         self.places = self._find()
         self._alignment = reduce(operator.or_, chain.from_iterable(self.places[: 1 + len(self.names)]))
         unused = [0] * len(self.members)
-        weights, states, exponents = (
-            self.places[0],
-            self.places[1:][: len(self.names)],
-            self.places[1 + len(self.names) :],
-        )
+        weights, *others = self.places
+        states, exponents = others[: len(self.names)], others[len(self.names) :]
         columns = [
             weights,
             unused,
