@@ -20,7 +20,7 @@ from .test_fast_paths import needs_compiler
 
 pytestmark = needs_compiler
 
-SHAPES = [(40, 33), (5,), (64, 96), ()]
+SHAPES = [(40, 33), (5,), (64, 96), (), (0, 3)]
 OPTIONS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "recommended": {"alpha": 0.3, "relative_alpha": True, "grad_scale": "factored"},

@@ -76,7 +76,7 @@ class Prepared:
         self.counts = list(_counts(work, states))
         self.sharers = list(dict.fromkeys(member.shards for member in self._members))
         self.repeats = (
-            len(self._members) == sum(len(batch.members) for batch in self._batches)
+            sum(member.p.numel() > 0 for member in self._members) == sum(len(batch.members) for batch in self._batches)
             and all(member.p is member.owner and not member.shards for member in self._members)
             and all(known.fused for known in matrices)
         )
