@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def file_word(name: str) -> str:
+    """The name of a device as a part of a file's name, as "nvidia-h200"."""
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _processor() -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from to_finetune.files import write_whole
-from to_finetune.machine import machine
+from to_finetune.machine import file_word, machine
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -46,7 +45,7 @@ for flags in json.loads(os.environ["RUNS"]):
 
 
 def main() -> None:
-    name = re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()) if torch.cuda.is_available() else "*"
+    name = file_word(torch.cuda.get_device_name()) if torch.cuda.is_available() else "*"
     output = HERE / f"layouts-{name}.json"
     if "--table" not in sys.argv:
         with TemporaryDirectory() as folder:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,11 +24,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tiny_llama import build_tokenizer
 
 from to_finetune.files import write_whole
-from to_finetune.machine import machine
+from to_finetune.machine import file_word, machine
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -46,7 +48,7 @@ def main() -> None:
     parser.add_argument("--at_once", type=int, default=1, help="recipes that share the GPU")
     parser.add_argument("--table", action="store_true", help="print the table of the results that are there")
     options = parser.parse_args()
-    name = re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()) if torch.cuda.is_available() else "*"
+    name = file_word(torch.cuda.get_device_name()) if torch.cuda.is_available() else "*"
     output = HERE / f"recipes-{name}.json"
     if not options.table:
         with TemporaryDirectory() as folder:
@@ -64,15 +66,9 @@ def write_inputs(folder: Path, config: LlamaConfig = LLAMA_7B) -> None:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
     torch.cuda.empty_cache()
-    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *characters])}
-    tokens = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokens.decoder = decoders.ByteLevel()
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokens, **special).save_pretrained(folder / "model")
     rows = ({"text": f"{i:03d} " * LENGTH} for i in range(2 * ROWS * STEPS))
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    build_tokenizer([], vocab_size=0).save_pretrained(folder / "model")  # no merges, so that each byte is a token
 
 
 def run(folder: Path, recipe: str) -> dict[str, Any]:

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from to_finetune.files import write_whole
-from to_finetune.machine import machine
+from to_finetune.machine import file_word, machine
 from to_finetune.optim import DiagonalTO, RankOneTO
 from to_finetune.optim.kernels import fused
 
@@ -123,7 +123,7 @@ def main() -> None:
     options.rounds = options.rounds or (3 if options.quick else ROUNDS[options.device])
     options.warm_up = 0 if options.quick else options.warm_up
     name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    output = options.output or HERE / f"step-{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+    output = options.output or HERE / f"step-{file_word(name)}.json"
     if not options.table:
         torch.set_num_threads(options.threads)
         write_whole(output, json.dumps(measure_all(options), indent=1) + "\n")

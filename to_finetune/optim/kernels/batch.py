@@ -25,7 +25,7 @@ from to_finetune.optim.state import exponents_name, state_key
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 VARIANTS = {"diagonal": 0, "rank_one": 1}
 STATES = 3  # columns of the table for state, more than Diagonal needs
-GRADIENT, NUMEL, KEY, COLUMNS = 1, 8, 10, 11
+GRADIENT, NUMEL, KEY = 1, 8, 10
 LR, DECAY, WEIGHT_DECAY, FACTOR, BETA, KEEP, OWN, SCALARS = 0, 1, 2, 3, 4, 5, 6, 10
 
 
@@ -250,14 +250,14 @@ class Pieces:
     def __post_init__(self) -> None:
         rows = [(0, *size, piece.row, piece.column) for size, piece in zip(self.sizes, self.pieces, strict=True)]
         self.table = torch.tensor(rows, device="cpu").view(-1, 5)
+        self._rows_align = all(columns % 16 == 0 for _, columns in self.sizes)
         self.take_gradients()
 
     def take_gradients(self) -> None:
         """Look where the pieces' gradients lie."""
         addresses = [piece.grad.data_ptr() for piece in self.pieces]
         self.table[:, 0] = torch.tensor(addresses)
-        rows_align = all(columns % 16 == 0 for _, columns in self.sizes)
-        self.aligned = rows_align and all(address % 16 == 0 for address in addresses)
+        self.aligned = self._rows_align and all(address % 16 == 0 for address in addresses)
 
     @property
     def format(self) -> int:
