@@ -23,7 +23,7 @@ import re, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from to_finetune.optim.kernels import gpu
+from to_finetune.optim.kernels.gpu import factored, programs, step
 
 def compile(kernel, pointers, **options):
     source = ASTSource(
@@ -32,27 +32,27 @@ def compile(kernel, pointers, **options):
         constexprs={(kernel.arg_names.index(name),): value for name, value in options.items()},
     )
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    warps = gpu.WARPS if "TILES" in options else gpu.MANY_WARPS
+    warps = step.WARPS if "TILES" in options else programs.MANY_WARPS
     built = triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
     ptx = built.asm["ptx"]
     wide, fused = len(re.findall(r"ld\\.global[.\\w]*\\.v[24]", ptx)), len(re.findall(r"fma\\.rn\\.f32", ptx))
     print(kernel.__name__, wide, fused, len(built.asm["cubin"]))
 
 batch = {"table": "*i64", "scalars": "*fp32", "chunks": "*i32", "partial": "*fp64", "skip": "*i1"}
-for kernel in (gpu._reduce, gpu._update):
+for kernel in (step._reduce, step._update):
     for rank_one, weight, state in ((False, 0, 0), (True, 0, 0), (True, 1, 1), (False, 1, 2)):
         formats = dict(WEIGHT=weight, GRADIENT=weight, STATE=state)
-        more = dict(WEIGHTS_TOO=True, ALIGNED=True, ROWS=gpu.ROWS, TILES=gpu.TILES)
+        more = dict(WEIGHTS_TOO=True, ALIGNED=True, ROWS=step.ROWS, TILES=step.TILES)
         compile(kernel, batch, HAS_SKIP=True, RANK_ONE=rank_one, **formats, **more)
 pieces = {"table": "*i64", "programs": "*i32"}
 for gradient, factor in ((0, "*fp32"), (1, "*bf16")):
-    more = dict(GRADIENT=gradient, ALIGNED=True, HIGH=gpu.HIGH, WIDE=gpu.WIDE)
-    compile(gpu._scale, pieces | {"factors": factor}, **more)
+    more = dict(GRADIENT=gradient, ALIGNED=True, HIGH=factored.HIGH, WIDE=factored.WIDE)
+    compile(factored._scale, pieces | {"factors": factor}, **more)
     found = pieces | {"places": "*i64", "found": "*fp64"}
-    compile(gpu._square, found, TALL=gpu.TALL, **more)
-added = dict(GRADIENT=0, ALIGNED=True, HIGH=gpu.HIGH, WIDE=gpu.WIDE, TALL=gpu.TALL, ADDED=gpu.ADDED)
+    compile(factored._square, found, TALL=factored.TALL, **more)
+added = dict(GRADIENT=0, ALIGNED=True, HIGH=factored.HIGH, WIDE=factored.WIDE, TALL=factored.TALL, ADDED=factored.ADDED)
 for of_columns in (False, True):
-    compile(gpu._combine_squares, found | {"sums": "*fp64"}, OF_COLUMNS=of_columns, **added)
+    compile(factored._combine_squares, found | {"sums": "*fp64"}, OF_COLUMNS=of_columns, **added)
 """
 
 

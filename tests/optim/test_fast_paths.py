@@ -129,11 +129,12 @@ def triton() -> ModuleType:
     """The Triton kernels, in the interpreter."""
     pytest.importorskip("triton")
     from to_finetune.optim.kernels import gpu
+    from to_finetune.optim.kernels.gpu import step
 
-    if type(gpu._update).__name__ != "InterpretedFunction":
+    if type(step._update).__name__ != "InterpretedFunction":
         pytest.skip("Triton was imported without TRITON_INTERPRET=1")
-    SHIPPED.setdefault("tiles", (gpu.ROWS, gpu.TILES))
-    gpu.ROWS, gpu.TILES = 64, 8  # the interpreter takes as long for a small tile as for a large one
+    SHIPPED.setdefault("tiles", (step.ROWS, step.TILES))
+    step.ROWS, step.TILES = 64, 8  # the interpreter takes as long for a small tile as for a large one
     return gpu
 
 
@@ -167,7 +168,7 @@ def test_fused_equals_the_rules(variant: str, name: str, kernels: mock.MagicMock
 def test_the_tiles_that_a_gpu_gets_equal_the_rules(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = triton()
     for name, number in zip(("ROWS", "TILES"), SHIPPED["tiles"], strict=True):
-        monkeypatch.setattr(gpu, name, number)
+        monkeypatch.setattr(gpu.step, name, number)
     tolerance = BITS if variant == "diagonal" else {"rtol": 0.0, "atol": 2.0}
     weights = make_weights([(31,), (700,), (17_000,)], torch.float32)  # the last one takes two chunks
     with mock.patch.object(fused, "kernels_for", return_value=gpu):

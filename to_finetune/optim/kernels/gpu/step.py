@@ -1,0 +1,334 @@
+"""The fused path on GPUs, in Triton: one launch a pass for all tensors of a batch, whatever their number and sizes.
+
+The twin of `rules.py` and of `cpu.cpp`, and equal to them bit for bit where a GPU's float32 is: products and sums are
+not contracted, division and square root round correctly, the sums that a step needs are taken in float64, and all in a
+fixed order. Runs on CPU tensors in Triton's interpreter, which is how it is tested without a GPU.
+
+A program of a step takes a chunk of one tensor, in tiles of ROWS rows of 32 weights: the blocks of int8 state. Tensors
+are found by address, in a table made for each step, since gradients move. There is no autotuning: it would run a step
+that writes in place several times.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from to_finetune.optim.kernels.batch import Batch
+from to_finetune.optim.kernels.gpu.programs import MANY_WARPS, programs_of
+from to_finetune.optim.kernels.gpu.storage import (
+    BLOCK,
+    load,
+    load_state,
+    mix,
+    pointer,
+    random16,
+    store_state,
+    store_values,
+)
+
+# As measured on an H200. Of a step: four weights for a thread in each tile, and few threads wait for each other.
+ROWS, TILES, WARPS = 8, 64, 2
+COMBINED = 1024  # chunks' sums that are added up at a time
+
+FOURS = tl.constexpr(8)
+SMALLEST_DIVISOR = tl.constexpr(1e-30)
+GG, PEAK, UG, WW, VW, UU, UB, ERROR, SUMS = (tl.constexpr(k) for k in range(9))
+COLUMNS, SCALARS, NUMEL, FIRST, KEY = (
+    tl.constexpr(11),
+    tl.constexpr(10),
+    tl.constexpr(8),
+    tl.constexpr(9),
+    tl.constexpr(10),
+)
+
+
+def reduce(batch: Batch, weights: bool) -> Tensor:
+    """The sums over gradients and, with `weights`, over weights and state: (tensors, 8) float64."""
+    return _launch(_reduce, batch, batch.constants(), weights, None)
+
+
+def update(batch: Batch, scalars: Tensor, weights: bool, skip: Tensor | None) -> Tensor:
+    """One step in place, unless `skip`; returns sums as `reduce` does, with `weights` those of the new ones."""
+    return _launch(_update, batch, scalars, weights, skip)
+
+
+def _launch(kernel: Any, batch: Batch, scalars: Tensor, weights: bool, skip: Tensor | None) -> Tensor:
+    device = batch.table.device
+    variant, weight, gradient, state = batch.formats
+    chunks, begin = programs_of([-(-n // (ROWS * 32 * TILES)) for n in batch.numbers], device)
+    # Zeros, for the sums that a program does not take.
+    partial = torch.zeros(len(chunks), 8, dtype=torch.float64, device=device)
+    sums = torch.empty(len(batch.params), 8, dtype=torch.float64, device=device)
+    with torch.cuda.device_of(batch.table):  # Triton launches on the current device
+        kernel[(len(chunks),)](
+            batch.table,
+            scalars,
+            chunks,
+            partial,
+            skip if skip is not None else chunks,
+            HAS_SKIP=skip is not None,
+            RANK_ONE=bool(variant),
+            WEIGHT=weight,
+            GRADIENT=gradient,
+            STATE=state,
+            WEIGHTS_TOO=weights,
+            ALIGNED=batch.aligned,
+            ROWS=ROWS,
+            TILES=TILES,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
+        combine = _combine[(len(batch.params),)]
+        combine(partial, begin, sums, COMBINED=COMBINED, num_warps=MANY_WARPS, enable_fp_fusion=False)
+    return sums
+
+
+# ---- The rules -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _diagonal(w, g, a, b, s):
+    lr, decay, beta, keep = tl.load(s), tl.load(s + 1), tl.load(s + 4), tl.load(s + 5)
+    alpha, room = tl.load(s + 6), tl.load(s + 7)
+    q = tl.maximum(w * w, SMALLEST_DIVISOR)
+    guarded = tl.minimum(tl.div_rn(tl.zeros_like(q) + room, q), alpha)
+    target = g - a * w
+    r = b - target
+    a = a - guarded * w * r
+    b = keep * b + beta * target
+    G = a * w + b
+    return (w - lr * G) - decay * w, a, b, G
+
+
+@triton.jit
+def _rank_one(w, g, u, v, b, scalars):
+    lr, decay, beta, keep = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 4), tl.load(scalars + 5)
+    s, s_new, u_gain, v_gain = (
+        tl.load(scalars + 6),
+        tl.load(scalars + 7),
+        tl.load(scalars + 8),
+        tl.load(scalars + 9),
+    )
+    target = g - s * u
+    r = b - target
+    u = u - u_gain * r
+    v = v - v_gain * w
+    b = keep * b + beta * target
+    G = s_new * u + b
+    return (w - lr * G) - decay * w, u, v, b, G
+
+
+# ---- The two passes --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _place(table, chunks, WEIGHTS: tl.constexpr):
+    """This program's row in the table, its first weight there, and the number of weights of the tensor."""
+    pid = tl.program_id(0)
+    row = tl.load(chunks + 2 * pid).to(tl.int64)
+    begin = tl.load(chunks + 2 * pid + 1).to(tl.int64) * WEIGHTS
+    return row, begin, tl.load(table + row * COLUMNS + NUMEL)
+
+
+@triton.jit
+def _address(table, row, column, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
+    return pointer(tl.load(table + row * COLUMNS + column), FORMAT, ALIGNED)
+
+
+@triton.jit
+def _exponents(table, row, which):
+    address = tl.load(table + row * COLUMNS + 5 + which)
+    return address.to(tl.pointer_type(tl.uint8))
+
+
+@triton.jit
+def _store_weight_sums(out, ww, vw, uu, ub):
+    tl.store(out + WW, tl.sum(ww))
+    tl.store(out + VW, tl.sum(vw))
+    tl.store(out + UU, tl.sum(uu))
+    tl.store(out + UB, tl.sum(ub))
+
+
+@triton.jit
+def _fours(x):
+    """A tile by fours, which one thread holds: what is added up there needs no other thread."""
+    return tl.reshape(x, (x.shape[0], FOURS, 4))
+
+
+@triton.jit
+def _add(total, x):
+    return total + tl.sum(_fours(x.to(tl.float64)), axis=2)
+
+
+@triton.jit
+def _add_roughly(total, x):
+    """Fours in float32: for what is shown, and no step needs."""
+    return total + tl.sum(_fours(x), axis=2).to(tl.float64)
+
+
+@triton.jit
+def _update_tile(
+    table, s, row, start, n, key, totals,
+    RANK_ONE: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr,
+    WEIGHTS_TOO: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    gg, ww, vw, uu, ub, error = totals
+    rows = tl.arange(0, totals[0].shape[0])
+    offsets = start + (rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
+    blocks = start // BLOCK + rows
+    wp = _address(table, row, 0, WEIGHT, ALIGNED)
+    gp = _address(table, row, 1, GRADIENT, ALIGNED)
+    p0, e0 = _address(table, row, 2, STATE, ALIGNED), _exponents(table, row, 0)
+    p1, e1 = _address(table, row, 3, STATE, ALIGNED), _exponents(table, row, 1)
+    w = load(wp, offsets, n, MASKED)
+    g = (load(gp, offsets, n, MASKED) + tl.load(s + 2) * w) * tl.load(s + 3)
+    x0 = load_state(p0, e0, offsets, blocks, n, STATE, MASKED)
+    x1 = load_state(p1, e1, offsets, blocks, n, STATE, MASKED)
+    bits = mix(offsets.to(tl.uint32) + key)
+    if RANK_ONE:
+        p2, e2 = _address(table, row, 4, STATE, ALIGNED), _exponents(table, row, 2)
+        x2 = load_state(p2, e2, offsets, blocks, n, STATE, MASKED)
+        w, x0, x1, x2, G = _rank_one(w, g, x0, x1, x2, s)
+        x2 = store_state(p2, e2, offsets, blocks, n, x2, random16(bits, 3), STATE, MASKED)
+    else:
+        w, x0, x1, G = _diagonal(w, g, x0, x1, s)
+    w = store_values(wp, offsets, n, w, random16(bits, 0), WEIGHT, MASKED)
+    x0 = store_state(p0, e0, offsets, blocks, n, x0, random16(bits, 1), STATE, MASKED)
+    x1 = store_state(p1, e1, offsets, blocks, n, x1, random16(bits, 2), STATE, MASKED)
+    difference = G - g
+    if MASKED:
+        inside = offsets < n
+        difference, g = tl.where(inside, difference, 0.0), tl.where(inside, g, 0.0)
+        w, x0, x1 = tl.where(inside, w, 0.0), tl.where(inside, x0, 0.0), tl.where(inside, x1, 0.0)
+    error = _add_roughly(error, difference * difference)
+    gg = _add_roughly(gg, g * g)
+    if WEIGHTS_TOO:
+        ww = _add(ww, w.to(tl.float64) * w.to(tl.float64))
+        if RANK_ONE:
+            vw = _add(vw, x1.to(tl.float64) * w.to(tl.float64))
+            uu = _add(uu, x0.to(tl.float64) * x0.to(tl.float64))
+            ub = _add(ub, x0.to(tl.float64) * x2.to(tl.float64))
+    return gg, ww, vw, uu, ub, error
+
+
+@triton.jit
+def _reduce_tile(
+    table, s, row, start, n, totals,
+    RANK_ONE: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr,
+    WEIGHTS_TOO: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    gg, peak, ug, ww, vw, uu, ub = totals
+    rows = tl.arange(0, totals[0].shape[0])
+    offsets = start + (rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
+    blocks = start // BLOCK + rows
+    wp = _address(table, row, 0, WEIGHT, ALIGNED)
+    g = load(_address(table, row, 1, GRADIENT, ALIGNED), offsets, n, MASKED)
+    decay = tl.load(s + 2)
+    if decay != 0:
+        g = g + decay * load(wp, offsets, n, MASKED)
+    magnitude = tl.max(_fours(g.to(tl.int32, bitcast=True) & 0x7FFFFFFF), axis=2)
+    peak = tl.maximum(peak, magnitude)
+    gg = _add(gg, g.to(tl.float64) * g.to(tl.float64))
+    if RANK_ONE:
+        u = load_state(
+            _address(table, row, 2, STATE, ALIGNED), _exponents(table, row, 0), offsets, blocks, n, STATE, MASKED
+        )
+        ug = _add(ug, u.to(tl.float64) * g.to(tl.float64) * tl.load(s + 3).to(tl.float64))
+    if WEIGHTS_TOO:
+        w = load(wp, offsets, n, MASKED)
+        ww = _add(ww, w.to(tl.float64) * w.to(tl.float64))
+        if RANK_ONE:
+            v = load_state(
+                _address(table, row, 3, STATE, ALIGNED), _exponents(table, row, 1),
+                offsets, blocks, n, STATE, MASKED,
+            )  # fmt: skip
+            b = load_state(
+                _address(table, row, 4, STATE, ALIGNED), _exponents(table, row, 2),
+                offsets, blocks, n, STATE, MASKED,
+            )  # fmt: skip
+            vw = _add(vw, v.to(tl.float64) * w.to(tl.float64))
+            uu = _add(uu, u.to(tl.float64) * u.to(tl.float64))
+            ub = _add(ub, u.to(tl.float64) * b.to(tl.float64))
+    return gg, peak, ug, ww, vw, uu, ub
+
+
+@triton.jit
+def _update(
+    table, scalars, chunks, partial, skip,
+    HAS_SKIP: tl.constexpr, RANK_ONE: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr,
+    WEIGHTS_TOO: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    if HAS_SKIP and tl.load(skip) != 0:
+        return
+    row, begin, n = _place(table, chunks, ROWS * BLOCK * TILES)
+    key = (tl.load(table + row * COLUMNS + KEY) + tl.load(table + row * COLUMNS + FIRST)).to(tl.uint32)
+    s = scalars + row * SCALARS
+    zero = tl.zeros((ROWS, FOURS), tl.float64)
+    gg, ww, vw, uu, ub, error = zero, zero, zero, zero, zero, zero
+    for tile in range(TILES):
+        start = begin + tile * ROWS * BLOCK
+        if start + ROWS * BLOCK <= n:
+            gg, ww, vw, uu, ub, error = _update_tile(
+                table, s, row, start, n, key, (gg, ww, vw, uu, ub, error),
+                RANK_ONE, WEIGHT, GRADIENT, STATE, WEIGHTS_TOO, ALIGNED, False,
+            )  # fmt: skip
+        elif start < n:
+            gg, ww, vw, uu, ub, error = _update_tile(
+                table, s, row, start, n, key, (gg, ww, vw, uu, ub, error),
+                RANK_ONE, WEIGHT, GRADIENT, STATE, WEIGHTS_TOO, ALIGNED, True,
+            )  # fmt: skip
+    out = partial + tl.program_id(0).to(tl.int64) * SUMS
+    tl.store(out + GG, tl.sum(gg))
+    tl.store(out + ERROR, tl.sum(error))
+    if WEIGHTS_TOO:
+        _store_weight_sums(out, ww, vw, uu, ub)
+
+
+@triton.jit
+def _reduce(
+    table, scalars, chunks, partial, skip,
+    HAS_SKIP: tl.constexpr, RANK_ONE: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr,
+    WEIGHTS_TOO: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    row, begin, n = _place(table, chunks, ROWS * BLOCK * TILES)
+    s = scalars + row * SCALARS
+    zero = tl.zeros((ROWS, FOURS), tl.float64)
+    gg, peak, ug, ww, vw, uu, ub = zero, tl.zeros((ROWS, FOURS), tl.int32), zero, zero, zero, zero, zero
+    for tile in range(TILES):
+        start = begin + tile * ROWS * BLOCK
+        if start + ROWS * BLOCK <= n:
+            gg, peak, ug, ww, vw, uu, ub = _reduce_tile(
+                table, s, row, start, n, (gg, peak, ug, ww, vw, uu, ub),
+                RANK_ONE, WEIGHT, GRADIENT, STATE, WEIGHTS_TOO, ALIGNED, False,
+            )  # fmt: skip
+        elif start < n:
+            gg, peak, ug, ww, vw, uu, ub = _reduce_tile(
+                table, s, row, start, n, (gg, peak, ug, ww, vw, uu, ub),
+                RANK_ONE, WEIGHT, GRADIENT, STATE, WEIGHTS_TOO, ALIGNED, True,
+            )  # fmt: skip
+    out = partial + tl.program_id(0).to(tl.int64) * SUMS
+    tl.store(out + GG, tl.sum(gg))
+    tl.store(out + PEAK, tl.max(peak).to(tl.float32, bitcast=True).to(tl.float64))
+    tl.store(out + UG, tl.sum(ug))
+    if WEIGHTS_TOO:
+        _store_weight_sums(out, ww, vw, uu, ub)
+
+
+@triton.jit
+def _combine(partial, begin, sums, COMBINED: tl.constexpr):
+    """Add up the sums of each tensor's chunks, in order."""
+    row = tl.program_id(0)
+    first, last = tl.load(begin + row), tl.load(begin + row + 1)
+    column = tl.arange(0, SUMS)
+    total, peak = tl.zeros((SUMS,), tl.float64), tl.zeros((SUMS,), tl.float64)
+    for i in range(first, last, COMBINED):
+        chunk = i + tl.arange(0, COMBINED)
+        found = tl.load(partial + chunk[:, None] * SUMS + column[None, :], mask=(chunk < last)[:, None], other=0.0)
+        total += tl.sum(found, axis=0)
+        peak = tl.maximum(peak, tl.max(found, axis=0))
+    tl.store(sums + row * SUMS + column, tl.where(column == PEAK, peak, total))

@@ -1,0 +1,133 @@
+"""How the kernels read and write numbers, as `state.py` stores them.
+
+`FORMAT` is a number of `batch.FORMATS`; offsets and `n` count elements, and with `MASKED` none from n on is touched.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+BLOCK = tl.constexpr(32)  # weights of an int8 state's block
+FLOAT32, BFLOAT16, INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# 1.5 * 2^23 and its bits: a small integer more changes the last ones, which is faster than a conversion.
+SHIFT, SHIFT_BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)
+
+
+@triton.jit
+def mix(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def random16(bits, STREAM: tl.constexpr):
+    if STREAM == 1:
+        return bits & 0xFFFF
+    if STREAM == 2:
+        bits = bits * 0x9E3779B1
+    if STREAM == 3:
+        bits = bits * 0x85EBCA77
+    return bits >> 16
+
+
+@triton.jit
+def pointer(address, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
+    if FORMAT == FLOAT32:
+        typed = address.to(tl.pointer_type(tl.float32))
+    elif FORMAT == BFLOAT16:
+        typed = address.to(tl.pointer_type(tl.bfloat16))
+    else:
+        typed = address.to(tl.pointer_type(tl.int8))
+    if ALIGNED:
+        typed = tl.multiple_of(typed, 16)  # lets a thread load 16 bytes at a time
+    return typed
+
+
+@triton.jit
+def load_stored(pointer, offsets, n, MASKED: tl.constexpr):
+    if MASKED:
+        return tl.load(pointer + offsets, mask=offsets < n, other=0)
+    return tl.load(pointer + offsets)
+
+
+@triton.jit
+def load(pointer, offsets, n, MASKED: tl.constexpr):
+    return load_stored(pointer, offsets, n, MASKED).to(tl.float32)
+
+
+@triton.jit
+def store(pointer, offsets, n, x, MASKED: tl.constexpr):
+    if MASKED:
+        tl.store(pointer + offsets, x, mask=offsets < n)
+    else:
+        tl.store(pointer + offsets, x)
+
+
+@triton.jit
+def _power(exponents):
+    return (exponents << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_state(pointer, exponents, offsets, blocks, n, FORMAT: tl.constexpr, MASKED: tl.constexpr):
+    if FORMAT != INT8:
+        return load(pointer, offsets, n, MASKED)
+    codes = load_stored(pointer, offsets, n, MASKED)
+    x = (codes.to(tl.int32) + SHIFT_BITS).to(tl.float32, bitcast=True) - SHIFT
+    e = tl.load(exponents + blocks, mask=blocks * BLOCK < n, other=0).to(tl.int32)
+    return x * tl.abs(x) * _power(e)[:, None]
+
+
+@triton.jit
+def _rounded(x, random):
+    """float32 rounded to bfloat16's numbers."""
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = tl.where(x != x, bits, bits + random)
+    return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def nearest(x, FORMAT: tl.constexpr):
+    """float32 rounded to the numbers of a format, ties to even."""
+    if FORMAT == BFLOAT16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x != x, bits, bits + 0x7FFF + (bits >> 16 & 1))
+        x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def store_values(pointer, offsets, n, x, random, FORMAT: tl.constexpr, MASKED: tl.constexpr):
+    """Store weights or state that is not int8; returns what is stored."""
+    if FORMAT == BFLOAT16:
+        x = _rounded(x, random)
+        store(pointer, offsets, n, x.to(tl.bfloat16), MASKED)
+    else:
+        store(pointer, offsets, n, x, MASKED)
+    return x
+
+
+@triton.jit
+def store_state(pointer, exponents, offsets, blocks, n, x, random, FORMAT: tl.constexpr, MASKED: tl.constexpr):
+    if FORMAT != INT8:
+        return store_values(pointer, offsets, n, x, random, FORMAT, MASKED)
+    if MASKED:
+        x = tl.where(offsets < n, x, 0.0)
+    bits = x.to(tl.int32, bitcast=True)
+    peak = tl.max(bits & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
+    e = (tl.div_rn(peak, tl.full(peak.shape, 16129.0, tl.float32)).to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23
+    e = tl.where(peak <= 3.4e38, e, 255)
+    inverse = tl.where(e < 254, _power(254 - tl.minimum(e, 254)), 0.0)
+    finite = (e < 255)[:, None]
+    y = tl.where(finite, tl.abs(x), 0.0) * inverse[:, None]
+    root = tl.sqrt_rn(y)
+    low = (root + SHIFT) - SHIFT  # the nearest integer
+    low = tl.where(low > root, low - 1.0, low)
+    u = ((random << 7) | 0x3F800040).to(tl.float32, bitcast=True) - 1.0  # random / 2^16 + 2^-17
+    code = low + tl.where(u * (2.0 * low + 1.0) < y - low * low, 1.0, 0.0)
+    code = tl.where(bits < 0, -code, code)
+    store(pointer, offsets, n, (code + SHIFT).to(tl.int32, bitcast=True).to(tl.int8), MASKED)
+    tl.store(exponents + blocks, e.to(tl.uint8), mask=blocks * BLOCK < n)
+    return code * tl.abs(code) * _power(e)[:, None]
