@@ -24,8 +24,8 @@ from to_finetune.cli import main
 from to_finetune.model import load_finetuned
 from to_finetune.model.card import is_hub_name, model_card, without_paths
 from to_finetune.model.run import FinetunedRun, read_run
+from to_finetune.report.push import push
 from to_finetune.training.arguments import without_secrets
-from to_finetune.training.push import push
 
 from .helpers import LAYER_WEIGHTS, Run, assert_same_bits
 
@@ -93,7 +93,7 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     hub = Hub()
-    monkeypatch.setattr("to_finetune.training.push.HfApi", hub)
+    monkeypatch.setattr("to_finetune.report.push.HfApi", hub)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     return hub
 

@@ -23,6 +23,7 @@ from to_finetune.data.prompts import prompt_form
 from to_finetune.errors import RunError, UsageError
 from to_finetune.report.page import write_report
 from to_finetune.report.plot import plot_losses
+from to_finetune.report.push import check_push, push
 from to_finetune.training.arguments import (
     DataArguments,
     FinetuneArguments,
@@ -35,7 +36,6 @@ from to_finetune.training.launch import check_processes
 from to_finetune.training.memory import RunMemory
 from to_finetune.training.prepare import data_report, prepare_data, prepare_model, prepare_trainer, settle_learning_rate
 from to_finetune.training.proofs import check_saved
-from to_finetune.training.push import check_push, push
 from to_finetune.training.record import RunRecord, last_checkpoint, resume_point, summarise
 from to_finetune.training.traces import SampleAnswers, SlopeTrace, write_parameters
 from to_finetune.training.trainer import TOSFTTrainer

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    from to_finetune.training.push import push
+    from to_finetune.report.push import push
 
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
