@@ -26,22 +26,27 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FIRST = 0.2  # of the steps: the speed of the start
+TRIALS = 5  # rates, at least, before a method counts as one that diverges
 REFERENCE = "adamw"
 DRAWN = ("adamw", "diagonal_to_factored", "momentum_factored", "rank_one_to_factored", "adafactor", "muon")
 Run = dict[str, Any]
 
 
 class Judged(NamedTuple):
-    """A method in a cell: its runs at the rate that won on seed 0, of the other seeds, and all of seed 0 by rate."""
+    """A method in a cell: its runs at the rate that won on seed 0, of the other seeds, and all of seed 0 by rate.
+
+    Where every rate diverged, `lr` is NaN and there are no runs on other seeds.
+    """
 
     lr: float
     runs: list[Run]
     tuning: dict[float, Run]
 
     def mean(self, measure: str) -> float | None:
-        """None where a seed diverged."""
+        """None where a seed, or every rate, diverged."""
         values = [measured(run, measure) for run in self.runs]
-        return None if None in values else fmean(value for value in values if value is not None)
+        finished = [value for value in values if value is not None]
+        return fmean(finished) if finished and len(finished) == len(values) else None
 
 
 def main() -> None:
@@ -76,6 +81,8 @@ def judged(cell: str) -> dict[str, Judged]:
         elif finished:
             lr = min(finished, key=lambda lr: finished[lr])
         else:
+            if len(tuning) >= TRIALS:
+                found[method] = Judged(math.nan, [], tuning)
             continue
         runs = [run for run in judging if run["lr"] == lr]
         if len(runs) == len(SEEDS):
@@ -116,8 +123,10 @@ def tables(cells: dict[str, dict[str, Judged]]) -> list[str]:
             near = [nearby(one, factor) for factor in (1 / 3, 3.0)]
             times = [run["seconds_a_step"] for run in one.runs if run["seconds_a_step"]]
             ms = f"{1e3 * fmean(times):.0f}" if times else ""
-            cells_ = [METHODS[method].title, f"{one.lr:.2g}", *losses, *near, ms]
-            rows.append(f"| {' | '.join(cells_)} | {one.runs[0]['state_bytes_a_weight']} |")
+            lr = f"{one.lr:.2g}" if one.runs else f"all {len(one.tuning)}"
+            cells_ = [METHODS[method].title, lr, *losses, *near, ms]
+            some_run = next(iter([*one.runs, *one.tuning.values()]))
+            rows.append(f"| {' | '.join(cells_)} | {some_run['state_bytes_a_weight']} |")
         parts.append("\n".join(rows))
     return parts
 
@@ -161,7 +170,7 @@ def against(found: dict[str, Judged], method: str) -> str:
 
 def spread(runs: list[Run], measure: str) -> str:
     values = [value for run in runs if (value := measured(run, measure)) is not None]
-    return f"{fmean(values):.3f} ± {stdev(values):.3f}" if len(values) == len(runs) else "diverged"
+    return f"{fmean(values):.3f} ± {stdev(values):.3f}" if values and len(values) == len(runs) else "diverged"
 
 
 def nearby(one: Judged, factor: float) -> str:
@@ -212,7 +221,7 @@ def sensitivity(cells: dict[str, dict[str, Judged]]) -> None:
         losses = [run["alpaca"] for one in found.values() for run in one.tuning.values() if run["alpaca"] is not None]
         best, room = min(losses), min(0.1 * min(losses), max(losses) - min(losses))
         for method, colour in zip(DRAWN, COLOURS, strict=True):
-            if method in found:
+            if method in found and found[method].runs:
                 one = found[method]
                 points = [(lr / one.lr, run["alpaca"]) for lr, run in one.tuning.items() if run["alpaca"] is not None]
                 ax.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1.2, markersize=3)
