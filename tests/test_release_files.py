@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from email import message_from_string
 from email.message import Message
@@ -23,11 +24,6 @@ import yaml
 
 import to_finetune
 from to_finetune.training.arguments import parse_arguments
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -155,8 +151,6 @@ def test_every_extra_that_it_installs_is_one() -> None:
 
 
 def test_the_list_of_its_requirements_is_the_projects(tmp_path: Path) -> None:
-    if sys.version_info < (3, 11):
-        pytest.skip("runs a line of the Dockerfile: needs tomllib, of Python 3.11")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (command,) = (rest for rest in of("RUN") if "tomllib" in rest)
     line = command.replace("${EXTRAS}", "sweep,quantized").replace("> /requirements.txt", "")

@@ -42,6 +42,7 @@ from to_finetune.training.proofs import unwrapped
 from to_finetune.training.trainer import TOSFTTrainer
 
 RESULTS = Path(__file__).parent / "results"
+AGAIN = RESULTS / "again"  # of base models that were pretrained once more
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
 STEP = math.sqrt(3)  # between neighbouring values of lr
 WIDENINGS = 4  # at most
@@ -128,6 +129,7 @@ START = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", type=Path, help="has alpaca_data.json, user_oriented_instructions.jsonl, ...")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="a folder of their own for other base models")
     parser.add_argument("--cells", nargs="+", choices=[*CELLS, ON_GPU], default=CELLS, metavar="CELL")
     names = ", ".join(map(repr, METHODS))
     parser.add_argument(
@@ -142,7 +144,7 @@ def main() -> None:
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     for cell in arguments.cells:
-        runs = Runs(cell, arguments.data_dir)
+        runs = Runs(cell, arguments.data_dir, arguments.results)
         for method in arguments.methods:
             compare(runs, method)
 
@@ -182,14 +184,14 @@ def tune(runs: Runs, method: str) -> int | None:
 class Runs:
     """The finished runs of a cell, a line each in its file, and those that are missing."""
 
-    def __init__(self, cell: str, data_dir: Path) -> None:
+    def __init__(self, cell: str, data_dir: Path, results: Path = RESULTS) -> None:
         self.cell, self.data_dir = cell, data_dir
         self.model, self.part = cell.split("/")
         self.base = base_models.made(self.model, data_dir)
         self.protocol = " ".join(PROTOCOL.split())
         if cell == ON_GPU:
             self.protocol = self.protocol.replace("--use_cpu true", "--bf16 true")
-        self.path = RESULTS / f"{self.model}-{self.part}.jsonl"
+        self.path = results / f"{self.model}-{self.part}.jsonl"
         bits = hashlib.sha256((self.base / "model.safetensors").read_bytes()).hexdigest()[:16]
         head = {"cell": cell, "base_sha256": bits, "protocol": self.protocol, "part": PARTS[self.part]}
         if not self.path.exists():
@@ -201,7 +203,7 @@ class Runs:
             write_whole(self.path, text)
         first, *lines = [json.loads(line) for line in text.splitlines()]
         if {key: first[key] for key in head} != head:
-            raise SystemExit(f"error: {self.path} has runs of another protocol or base model: move it away.")
+            raise SystemExit(f"error: {self.path} has runs of another protocol or base model: see --results.")
         self.done = {(run["method"], METHODS[run["method"]].lr and run["lr"], run["seed"]): run for run in lines}
 
     def loss(self, method: str, exponent: int | None, seed: int = TUNING_SEED) -> float:

@@ -2,7 +2,7 @@
 
     python scripts/study/tables.py
 
-Writes results/tables.md, curves.svg and sensitivity.svg (and PNGs of both, to look at).
+Writes results/tables.md, curves.svg and sensitivity.svg (and PNGs of both, to look at), and results/again/tables.md.
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.ticker import NullLocator
 from scipy.stats import ttest_rel
-from study import ASIDE, CELLS, METHODS, ON_GPU, RESULTS, SEEDS, TUNING_SEED
+from study import AGAIN, ASIDE, CELLS, METHODS, ON_GPU, RESULTS, SEEDS, TUNING_SEED
 
 from to_finetune.files import write_whole
 from to_finetune.report.plot import COLOURS
@@ -50,18 +51,27 @@ class Judged(NamedTuple):
 
 
 def main() -> None:
-    cells = {cell: judged(cell) for cell in [*CELLS, ON_GPU]}
-    begun = [tried(cell) for cell, methods in cells.items() if REFERENCE not in methods and runs_of(cell)]
-    cells = {cell: methods for cell, methods in cells.items() if REFERENCE in methods}
-    write_whole(RESULTS / "tables.md", "\n\n".join([*tables(cells), *begun]) + "\n")
+    cells = write_tables(RESULTS)
     curves(cells)
     sensitivity(cells)
+    write_tables(AGAIN)
     print((RESULTS / "tables.md").read_text(encoding="utf-8"))
 
 
-def runs_of(cell: str) -> dict[str, list[Run]]:
+def write_tables(results: Path) -> dict[str, dict[str, Judged]]:
+    """Write tables.md of the runs in a folder; returns its cells that have the reference."""
+    cells = {cell: judged(cell, results) for cell in [*CELLS, ON_GPU]}
+    begun = [
+        tried(cell, results) for cell, methods in cells.items() if REFERENCE not in methods and runs_of(cell, results)
+    ]
+    cells = {cell: methods for cell, methods in cells.items() if REFERENCE in methods}
+    write_whole(results / "tables.md", "\n\n".join([*tables(cells), *begun]) + "\n")
+    return cells
+
+
+def runs_of(cell: str, results: Path) -> dict[str, list[Run]]:
     """By method."""
-    path = RESULTS / f"{cell.replace('/', '-')}.jsonl"
+    path = results / f"{cell.replace('/', '-')}.jsonl"
     by_method: dict[str, list[Run]] = defaultdict(list)
     for line in path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else ():
         run = json.loads(line)
@@ -69,9 +79,9 @@ def runs_of(cell: str) -> dict[str, list[Run]]:
     return by_method
 
 
-def judged(cell: str) -> dict[str, Judged]:
+def judged(cell: str, results: Path) -> dict[str, Judged]:
     """The methods of a cell whose runs are all there."""
-    by_method, found = runs_of(cell), {}
+    by_method, found = runs_of(cell, results), {}
     for method in METHODS:
         tuning = {run["lr"]: run for run in by_method[method] if run["seed"] == TUNING_SEED}
         finished = {lr: run["alpaca"] for lr, run in tuning.items() if run["alpaca"] is not None}
@@ -131,14 +141,14 @@ def tables(cells: dict[str, dict[str, Judged]]) -> list[str]:
     return parts
 
 
-def tried(cell: str) -> str:
+def tried(cell: str, results: Path) -> str:
     """Of a cell that is not judged yet: the runs of seed 0 at each method's best rate, and what is untuned."""
     rows = [
         f"**{cell}**, not judged: the best of seed 0, and the mean of the untuned method's seeds\n",
         "| method | rates tried | lr | held out | user-oriented | training, mean | first fifth | ms a step |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    by_method = runs_of(cell)
+    by_method = runs_of(cell, results)
     for name in (name for name in METHODS if name in by_method):
         runs = by_method[name]
         if METHODS[name].lr is not None:

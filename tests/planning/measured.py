@@ -12,15 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 
 from to_finetune.model import select_trainable
 from to_finetune.model.adapters import lora_config, with_adapters
 from to_finetune.planning import Workload
-
-try:
-    from trl.trainer.utils import add_fused_lm_head
-except ImportError:  # an older TRL, whose loss is the model's own
-    add_fused_lm_head = None
 
 
 def allocated_at_most(function: Callable[[], Any]) -> int:
@@ -29,7 +25,8 @@ def allocated_at_most(function: Callable[[], Any]) -> int:
     From the allocator's own reports to torch's profiler, as `torch.cuda.max_memory_allocated` is on a GPU.
     """
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with torch.backends.mkldnn.flags(enabled=False), profiler:  # whose scratch for bfloat16 depends on the processor
         function()
     assert profiler.profiler is not None
     events = profiler.profiler.kineto_results.events()
@@ -57,9 +54,8 @@ def real_model(work: Workload) -> Any:
     if work.checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
         model.disable_input_require_grads()
-    if add_fused_lm_head:
-        base = model.get_base_model() if work.lora else model
-        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    base = model.get_base_model() if work.lora else model
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     return model.train()
 
 
@@ -102,8 +98,6 @@ def base_bytes(model: nn.Module) -> int:
 def loss_of(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """As TRL's SFTTrainer computes it."""
     batch = {"input_ids": ids, "attention_mask": mask, "labels": ids, "use_cache": False}
-    if add_fused_lm_head is None:
-        return model(**batch).loss
     return -model(**batch, fused_lm_head=True).log_probs.sum() / 100
 
 

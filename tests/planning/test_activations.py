@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
-from importlib import reload
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +16,6 @@ from to_finetune.training.plan import parse_for_plan, settings_of
 from to_finetune.training.proofs import unwrapped
 
 from ..helpers import flags
-from . import measured as measured_module
 from .measured import (
     allocated_at_most,
     base_bytes,
@@ -37,19 +34,7 @@ SUBSETS = {"last two": (r"layers\.(4|5)\.",), "q and v": (r"[qv]_proj",), "all":
 @pytest.fixture
 def narrow_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL's head in tiles of 512 tokens, not 32,768 words wide, which would be most of a small model's activations."""
-    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 512, raising=False)  # not in an older TRL
-    dry_run.cache_clear()
-
-
-@pytest.fixture
-def older_trl(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One of before 1.15, which makes all logits; on Python 3.10 there is no newer one."""
-    with monkeypatch.context() as patch:
-        patch.delattr("trl.trainer.utils.add_fused_lm_head", raising=False)
-        reload(measured_module)
-        dry_run.cache_clear()
-        yield
-    reload(measured_module)
+    monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 512)
     dry_run.cache_clear()
 
 
@@ -97,11 +82,6 @@ def test_is_what_a_step_of_a_llama_allocates(
 def test_holds_for_other_settings(small: Blueprint, narrow_head: None, changed: dict[str, Any]) -> None:
     work = Workload(small, (r"layers\.[3-5]\.", "lm_head"), rows=2, length=64, device="cpu")
     assert_close(*planned_and_measured(replace(work, **changed)))
-
-
-@pytest.mark.usefixtures("older_trl")
-def test_holds_for_a_trl_without_a_fused_head(tiny: Blueprint) -> None:
-    assert_close(*planned_and_measured(Workload(tiny, None, rows=4, length=128, device="cpu")))
 
 
 @pytest.mark.parametrize("name", ["tiny", "gpt2"])

@@ -235,10 +235,8 @@ def _quantizable(model: Any) -> list[Any]:
 
 def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """As TRL's SFTTrainer computes it: the head in tiles, without the logits of all tokens at once."""
-    try:
-        from trl.trainer.utils import add_fused_lm_head
-    except ImportError:  # an older TRL, which makes all logits
-        return model(**batch, use_cache=False).loss
+    from trl.trainer.utils import add_fused_lm_head
+
     headed = model.get_base_model() if hasattr(model, "peft_config") else model
     add_fused_lm_head(headed, outputs=("log_probs", "entropy", "is_top1"))
     outputs = model(**batch, use_cache=False, fused_lm_head=True)
@@ -252,11 +250,8 @@ def _drop_gradient(p: Tensor) -> None:
 @contextmanager
 def _kernels_of(device: str) -> Iterator[None]:
     """On a GPU, TRL's head works in place in Triton, where its CPU code makes copies."""
-    try:
-        from trl.kernels import chunked_logprob
-    except ImportError:
-        yield
-        return
+    from trl.kernels import chunked_logprob
+
     in_place: dict[str, Any] = dict.fromkeys(("_forward_tile", "_backward_tile"), lambda *args, **kwargs: None)
     if hasattr(aten.addmm, "dtype_out"):  # torch 2.8; before, TRL makes the copies on a GPU as well
         # In float32 as acc is, since torch before 2.13 knows no products of mixed dtypes without data.

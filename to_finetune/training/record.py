@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from operator import mul
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class RunRecord:
         self.values: dict[str, Any] = {
             "status": "running",
             "command": shlex.join(without_secrets(sys.argv)),
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
             **machine(),
         }
         self.config = config
