@@ -34,7 +34,7 @@ from to_finetune.training.arguments import parse_arguments
 from to_finetune.training.prepare import prepare_model, prepare_trainer
 from to_finetune.training.proofs import fingerprints
 
-from .helpers import Run, assert_same_bits, flags
+from .helpers import Run, assert_same_bits, flags, make_llama
 from .layouts.on_cpu import ROOT, launch
 from .test_subset import backward
 
@@ -174,10 +174,14 @@ def test_what_trains_begins_as_the_bases_own_bits(
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_the_frozen_layers_are_the_bases_to_a_step_of_the_format(llama: Path, bits: str) -> None:
-    """nf4: in blocks of 64 half the widest gap of its values, 0.152 of the largest; int8: half a 127th of a row's."""
-    model, _, _ = prepared(llama, **BITS[bits], unfrozen_last_layers=1)
-    base = dict(LlamaForCausalLM.from_pretrained(llama).named_parameters())
+def test_the_frozen_layers_are_the_bases_to_a_step_of_the_format(tmp_path: Path, bits: str) -> None:
+    """nf4: in blocks of 64 half the widest gap of its values, 0.152 of the largest; int8: half a 127th of a row's.
+
+    Rows are whole blocks: bitsandbytes 0.50 misreads others on CPUs with AVX-512.
+    """
+    wide = make_llama(tmp_path / "wide", tie_word_embeddings=False, hidden_size=64)
+    model, _, _ = prepared(wide, **BITS[bits], unfrozen_last_layers=1)
+    base = dict(LlamaForCausalLM.from_pretrained(wide).named_parameters())
     for name, module in quantised(model).items():
         weight, found = base[f"{name}.weight"], dequantised(module)
         blocks = weight.reshape(-1, 64) if bits == "4bit" else weight
@@ -383,7 +387,10 @@ def test_load_finetuned_on_the_base_it_had_gives_the_live_models_logits(
         assert bool(quantised(model)) == bool(bits)
         full, _ = load_finetuned(run.folder / folder)
         assert not quantised(full)
-        assert (full.eval()(tokens).logits - live(tokens).logits).abs().max() < (0.7 if bits else 1e-5)
+        for module_name, module in quantised(live).items():  # all else is the same
+            full.get_submodule(module_name).weight.copy_(dequantised(module))
+        is_coarse = bits == "8bit" or own.get("bf16")  # inputs are rounded to int8, or products to bfloat16
+        assert (full.eval()(tokens).logits - live(tokens).logits).abs().max() < (0.1 if is_coarse else 1e-5)
 
 
 def test_adapters_are_saved_as_peft_saves_them(runs: dict[str, Run], llama: Path, tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def tune(runs: Runs, method: str) -> int | None:
 class Runs:
     """The finished runs of a cell, a line each in its file, and those that are missing."""
 
-    def __init__(self, cell: str, data_dir: Path, results: Path = RESULTS) -> None:
+    def __init__(self, cell: str, data_dir: Path, results: Path) -> None:
         self.cell, self.data_dir = cell, data_dir
         self.model, self.part = cell.split("/")
         self.base = base_models.made(self.model, data_dir)
