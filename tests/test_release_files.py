@@ -266,15 +266,18 @@ def test_the_lowest_versions_are_those_of_every_extra_that_runs() -> None:
 
 LOWEST = {  # known to work; what is below is not
     "torch": "2.7",
+    "bitsandbytes": "0.50",
     "datasets": "5.0",
+    "deepspeed": "0.19",
     "matplotlib": "3.8.4",
-    "peft": "0.18",
+    "peft": "0.19",
     "psutil": "5.9.4",
     "pyyaml": "6.0.1",
     "scikit-learn": "1.4.2",
     "scipy": "1.13",
     "tensorboard": "2.16.2",
     "triton": "3.3",
+    "trl": "1.16",
 }
 
 

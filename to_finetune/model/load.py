@@ -165,7 +165,7 @@ def _in_one_sentence(name: str, attn_implementation: str | None) -> Iterator[Non
     """Turn what Hugging Face raises while it loads the model into a `UsageError`."""
     try:
         yield
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, ImportError, SafetensorError) as error:
         reason = shorten(str(error), 400)
         if attn_implementation and re.search("attn_implementation|attention|kernels", reason, re.IGNORECASE):
             near = did_you_mean(attn_implementation, ATTENTION)
