@@ -45,9 +45,8 @@ class Judged(NamedTuple):
 
     def mean(self, measure: str) -> float | None:
         """None where a seed, or every rate, diverged."""
-        values = [measured(run, measure) for run in self.runs]
-        finished = [value for value in values if value is not None]
-        return fmean(finished) if finished and len(finished) == len(values) else None
+        values = measured_all(self.runs, measure)
+        return fmean(values) if values else None
 
 
 def main() -> None:
@@ -109,6 +108,12 @@ def measured(run: Run, measure: str) -> float | None:
     return fmean(losses if measure == "train" else losses[: round(FIRST * len(losses))])
 
 
+def measured_all(runs: list[Run], measure: str) -> list[float]:
+    """What `measured` says of each run; nothing where one diverged."""
+    values = [value for run in runs if (value := measured(run, measure)) is not None]
+    return values if len(values) == len(runs) else []
+
+
 def tables(cells: dict[str, dict[str, Judged]]) -> list[str]:
     """Markdown: held-out losses beside AdamW's, then a table of each cell, which has what was tried aside too."""
     methods = [method for method in METHODS if any(method in found for found in cells.values())]
@@ -135,8 +140,8 @@ def tables(cells: dict[str, dict[str, Judged]]) -> list[str]:
             ms = f"{1e3 * fmean(times):.0f}" if times else ""
             lr = f"{one.lr:.2g}" if one.runs else f"all {len(one.tuning)}"
             cells_ = [METHODS[method].title, lr, *losses, *near, ms]
-            some_run = next(iter([*one.runs, *one.tuning.values()]))
-            rows.append(f"| {' | '.join(cells_)} | {some_run['state_bytes_a_weight']} |")
+            runs = one.runs or list(one.tuning.values())
+            rows.append(f"| {' | '.join(cells_)} | {runs[0]['state_bytes_a_weight']} |")
         parts.append("\n".join(rows))
     return parts
 
@@ -179,8 +184,8 @@ def against(found: dict[str, Judged], method: str) -> str:
 
 
 def spread(runs: list[Run], measure: str) -> str:
-    values = [value for run in runs if (value := measured(run, measure)) is not None]
-    return f"{fmean(values):.3f} ± {stdev(values):.3f}" if values and len(values) == len(runs) else "diverged"
+    values = measured_all(runs, measure)
+    return f"{fmean(values):.3f} ± {stdev(values):.3f}" if values else "diverged"
 
 
 def nearby(one: Judged, factor: float) -> str:
