@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.nn import Parameter
 
 from to_finetune.optim import TrainableOptimizer
 from to_finetune.optim.kernels import fused
+from to_finetune.optim.state import encode, random16, random_bits, state_key
 
 from .helpers import OPTIMIZERS, copies, make_weights, random_gradients, step
 
@@ -173,6 +175,39 @@ def test_the_tiles_that_a_gpu_gets_equal_the_rules(variant: str, monkeypatch: py
     weights = make_weights([(31,), (700,), (17_000,)], torch.float32)  # the last one takes two chunks
     with mock.patch.object(fused, "kernels_for", return_value=gpu):
         assert_same_trajectory(variant, "fused", weights, OPTIONS["int8 state"], tolerance, 2)
+
+
+@pytest.mark.parametrize("last_bits", [-2, 0, 2])
+def test_int8_codes_are_the_same_however_a_gpu_rounds_roots(last_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of squares and their neighbours, of blocks of all magnitudes, and of infinities; b becomes the gradient."""
+    gpu = triton()
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def root(y: Any) -> Any:
+        found = np.sqrt(y)
+        for _ in range(abs(last_bits)):
+            found = np.where(y > 0, np.nextafter(found, np.copysign(np.float32(np.inf), last_bits)), found)
+        return found
+
+    monkeypatch.setattr(InterpreterBuilder, "create_sqrt", lambda self, x: self.unary_op(x, root))
+    squares = (torch.arange(127 * 32).view(127, 32) % 128).float().square()
+    squares[:, 0] = 127.0**2  # so that a code is the root
+    below = torch.randint(-3, 1, squares.shape, dtype=torch.int32) * (squares > 1)
+    near = (squares.view(torch.int32) + below).view(torch.float32)
+    scaled = torch.randn(512, 32) * torch.logspace(-46, 38, 512, dtype=torch.float64)[:, None]
+    edges = 127.0**2 * 2.0 ** torch.arange(-140, 112, dtype=torch.float64)  # where the exponent changes
+    peaks = torch.stack([edges.float(), torch.nextafter(edges.float(), torch.tensor(torch.inf))]).flatten()
+    odd = torch.zeros(4, 32)
+    odd[1, 3], odd[2, 4], odd[3, 5] = torch.inf, torch.nan, 3.4e38
+    x = torch.cat([squares, near, scaled.float(), peaks[:, None] * torch.rand(len(peaks), 32), odd]).flatten()
+    x[(len(squares) * 2 + len(scaled)) * 32 :: 32][: len(peaks)] = peaks
+    w = Parameter(torch.zeros_like(x))
+    optimizer = OPTIMIZERS["diagonal"]([w], lr=0.0, alpha=0.0, beta=1.0, fused=True, state_dtype=torch.int8)
+    with mock.patch.object(fused, "kernels_for", return_value=gpu):
+        step(optimizer, [w], [x])
+    codes, exponents = encode(x, random16(random_bits(x, state_key(0, 0, 0)), 2))
+    assert torch.equal(optimizer.state[w]["b_exponent"], exponents)
+    assert torch.equal(optimizer.state[w]["b"], codes)
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8])

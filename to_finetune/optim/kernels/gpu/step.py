@@ -92,9 +92,8 @@ def _launch(kernel: Any, batch: Batch, scalars: Tensor, weights: bool, skip: Ten
 
 
 @triton.jit
-def _diagonal(w, g, a, b, s):
-    lr, decay, beta, keep = tl.load(s), tl.load(s + 1), tl.load(s + 4), tl.load(s + 5)
-    alpha, room = tl.load(s + 6), tl.load(s + 7)
+def _diagonal(w, g, a, b, scalars):
+    lr, decay, _, _, beta, keep, alpha, room, _, _ = scalars
     q = tl.maximum(w * w, SMALLEST_DIVISOR)
     guarded = tl.minimum(tl.div_rn(tl.zeros_like(q) + room, q), alpha)
     target = g - a * w
@@ -107,13 +106,7 @@ def _diagonal(w, g, a, b, s):
 
 @triton.jit
 def _rank_one(w, g, u, v, b, scalars):
-    lr, decay, beta, keep = tl.load(scalars), tl.load(scalars + 1), tl.load(scalars + 4), tl.load(scalars + 5)
-    s, s_new, u_gain, v_gain = (
-        tl.load(scalars + 6),
-        tl.load(scalars + 7),
-        tl.load(scalars + 8),
-        tl.load(scalars + 9),
-    )
+    lr, decay, _, _, beta, keep, s, s_new, u_gain, v_gain = scalars
     target = g - s * u
     r = b - target
     u = u - u_gain * r
@@ -136,14 +129,38 @@ def _place(table, chunks, WEIGHTS: tl.constexpr):
 
 
 @triton.jit
-def _address(table, row, column, FORMAT: tl.constexpr, ALIGNED: tl.constexpr):
-    return pointer(tl.load(table + row * COLUMNS + column), FORMAT, ALIGNED)
+def _addresses(table, row, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Of weights, gradients, the three states and their exponents: all that a program needs of the table's row."""
+    t = table + row * COLUMNS
+    w, g = pointer(tl.load(t), WEIGHT, ALIGNED), pointer(tl.load(t + 1), GRADIENT, ALIGNED)
+    x0, x1, x2 = (
+        pointer(tl.load(t + 2), STATE, ALIGNED),
+        pointer(tl.load(t + 3), STATE, ALIGNED),
+        pointer(tl.load(t + 4), STATE, ALIGNED),
+    )
+    e0, e1, e2 = (
+        tl.load(t + 5).to(tl.pointer_type(tl.uint8)),
+        tl.load(t + 6).to(tl.pointer_type(tl.uint8)),
+        tl.load(t + 7).to(tl.pointer_type(tl.uint8)),
+    )
+    return w, g, x0, x1, x2, e0, e1, e2
 
 
 @triton.jit
-def _exponents(table, row, which):
-    address = tl.load(table + row * COLUMNS + 5 + which)
-    return address.to(tl.pointer_type(tl.uint8))
+def _scalars(s):
+    """A tensor's, in the order of batch.py."""
+    return (
+        tl.load(s),
+        tl.load(s + 1),
+        tl.load(s + 2),
+        tl.load(s + 3),
+        tl.load(s + 4),
+        tl.load(s + 5),
+        tl.load(s + 6),
+        tl.load(s + 7),
+        tl.load(s + 8),
+        tl.load(s + 9),
+    )
 
 
 @triton.jit
@@ -173,30 +190,26 @@ def _add_roughly(total, x):
 
 @triton.jit
 def _update_tile(
-    table, s, row, start, n, key, totals,
-    RANK_ONE: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr,
-    WEIGHTS_TOO: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+    addresses, scalars, start, n, key, totals,
+    RANK_ONE: tl.constexpr, WEIGHT: tl.constexpr, STATE: tl.constexpr, WEIGHTS_TOO: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     gg, ww, vw, uu, ub, error = totals
-    rows = tl.arange(0, totals[0].shape[0])
+    wp, gp, p0, p1, p2, e0, e1, e2 = addresses
+    _, _, weight_decay, factor, _, _, _, _, _, _ = scalars
+    rows = tl.arange(0, gg.shape[0])
     offsets = start + (rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
     blocks = start // BLOCK + rows
-    wp = _address(table, row, 0, WEIGHT, ALIGNED)
-    gp = _address(table, row, 1, GRADIENT, ALIGNED)
-    p0, e0 = _address(table, row, 2, STATE, ALIGNED), _exponents(table, row, 0)
-    p1, e1 = _address(table, row, 3, STATE, ALIGNED), _exponents(table, row, 1)
     w = load(wp, offsets, n, MASKED)
-    g = (load(gp, offsets, n, MASKED) + tl.load(s + 2) * w) * tl.load(s + 3)
+    g = (load(gp, offsets, n, MASKED) + weight_decay * w) * factor
     x0 = load_state(p0, e0, offsets, blocks, n, STATE, MASKED)
     x1 = load_state(p1, e1, offsets, blocks, n, STATE, MASKED)
     bits = mix(offsets.to(tl.uint32) + key)
     if RANK_ONE:
-        p2, e2 = _address(table, row, 4, STATE, ALIGNED), _exponents(table, row, 2)
         x2 = load_state(p2, e2, offsets, blocks, n, STATE, MASKED)
-        w, x0, x1, x2, G = _rank_one(w, g, x0, x1, x2, s)
+        w, x0, x1, x2, G = _rank_one(w, g, x0, x1, x2, scalars)
         x2 = store_state(p2, e2, offsets, blocks, n, x2, random16(bits, 3), STATE, MASKED)
     else:
-        w, x0, x1, G = _diagonal(w, g, x0, x1, s)
+        w, x0, x1, G = _diagonal(w, g, x0, x1, scalars)
     w = store_values(wp, offsets, n, w, random16(bits, 0), WEIGHT, MASKED)
     x0 = store_state(p0, e0, offsets, blocks, n, x0, random16(bits, 1), STATE, MASKED)
     x1 = store_state(p1, e1, offsets, blocks, n, x1, random16(bits, 2), STATE, MASKED)
@@ -218,39 +231,30 @@ def _update_tile(
 
 @triton.jit
 def _reduce_tile(
-    table, s, row, start, n, totals,
-    RANK_ONE: tl.constexpr, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr,
-    WEIGHTS_TOO: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr,
+    addresses, scalars, start, n, totals,
+    RANK_ONE: tl.constexpr, STATE: tl.constexpr, WEIGHTS_TOO: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     gg, peak, ug, ww, vw, uu, ub = totals
-    rows = tl.arange(0, totals[0].shape[0])
+    wp, gp, p0, p1, p2, e0, e1, e2 = addresses
+    _, _, weight_decay, factor, _, _, _, _, _, _ = scalars
+    rows = tl.arange(0, gg.shape[0])
     offsets = start + (rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
     blocks = start // BLOCK + rows
-    wp = _address(table, row, 0, WEIGHT, ALIGNED)
-    g = load(_address(table, row, 1, GRADIENT, ALIGNED), offsets, n, MASKED)
-    decay = tl.load(s + 2)
-    if decay != 0:
-        g = g + decay * load(wp, offsets, n, MASKED)
+    g = load(gp, offsets, n, MASKED)
+    if weight_decay != 0:
+        g = g + weight_decay * load(wp, offsets, n, MASKED)
     magnitude = tl.max(_fours(g.to(tl.int32, bitcast=True) & 0x7FFFFFFF), axis=2)
     peak = tl.maximum(peak, magnitude)
     gg = _add(gg, g.to(tl.float64) * g.to(tl.float64))
     if RANK_ONE:
-        u = load_state(
-            _address(table, row, 2, STATE, ALIGNED), _exponents(table, row, 0), offsets, blocks, n, STATE, MASKED
-        )
-        ug = _add(ug, u.to(tl.float64) * g.to(tl.float64) * tl.load(s + 3).to(tl.float64))
+        u = load_state(p0, e0, offsets, blocks, n, STATE, MASKED)
+        ug = _add(ug, u.to(tl.float64) * g.to(tl.float64) * factor.to(tl.float64))
     if WEIGHTS_TOO:
         w = load(wp, offsets, n, MASKED)
         ww = _add(ww, w.to(tl.float64) * w.to(tl.float64))
         if RANK_ONE:
-            v = load_state(
-                _address(table, row, 3, STATE, ALIGNED), _exponents(table, row, 1),
-                offsets, blocks, n, STATE, MASKED,
-            )  # fmt: skip
-            b = load_state(
-                _address(table, row, 4, STATE, ALIGNED), _exponents(table, row, 2),
-                offsets, blocks, n, STATE, MASKED,
-            )  # fmt: skip
+            v = load_state(p1, e1, offsets, blocks, n, STATE, MASKED)
+            b = load_state(p2, e2, offsets, blocks, n, STATE, MASKED)
             vw = _add(vw, v.to(tl.float64) * w.to(tl.float64))
             uu = _add(uu, u.to(tl.float64) * u.to(tl.float64))
             ub = _add(ub, u.to(tl.float64) * b.to(tl.float64))
@@ -267,21 +271,21 @@ def _update(
         return
     row, begin, n = _place(table, chunks, ROWS * BLOCK * TILES)
     key = (tl.load(table + row * COLUMNS + KEY) + tl.load(table + row * COLUMNS + FIRST)).to(tl.uint32)
-    s = scalars + row * SCALARS
+    # Before the loop: in it each tile would load them anew, since it writes to memory.
+    addresses = _addresses(table, row, WEIGHT, GRADIENT, STATE, ALIGNED)
+    own = _scalars(scalars + row * SCALARS)
     zero = tl.zeros((ROWS, FOURS), tl.float64)
     gg, ww, vw, uu, ub, error = zero, zero, zero, zero, zero, zero
     for tile in range(TILES):
         start = begin + tile * ROWS * BLOCK
         if start + ROWS * BLOCK <= n:
             gg, ww, vw, uu, ub, error = _update_tile(
-                table, s, row, start, n, key, (gg, ww, vw, uu, ub, error),
-                RANK_ONE, WEIGHT, GRADIENT, STATE, WEIGHTS_TOO, ALIGNED, False,
-            )  # fmt: skip
+                addresses, own, start, n, key, (gg, ww, vw, uu, ub, error), RANK_ONE, WEIGHT, STATE, WEIGHTS_TOO, False
+            )
         elif start < n:
             gg, ww, vw, uu, ub, error = _update_tile(
-                table, s, row, start, n, key, (gg, ww, vw, uu, ub, error),
-                RANK_ONE, WEIGHT, GRADIENT, STATE, WEIGHTS_TOO, ALIGNED, True,
-            )  # fmt: skip
+                addresses, own, start, n, key, (gg, ww, vw, uu, ub, error), RANK_ONE, WEIGHT, STATE, WEIGHTS_TOO, True
+            )
     out = partial + tl.program_id(0).to(tl.int64) * SUMS
     tl.store(out + GG, tl.sum(gg))
     tl.store(out + ERROR, tl.sum(error))
@@ -296,21 +300,21 @@ def _reduce(
     WEIGHTS_TOO: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     row, begin, n = _place(table, chunks, ROWS * BLOCK * TILES)
-    s = scalars + row * SCALARS
+    # Before the loop: in it each tile would load them anew, since it writes to memory.
+    addresses = _addresses(table, row, WEIGHT, GRADIENT, STATE, ALIGNED)
+    own = _scalars(scalars + row * SCALARS)
     zero = tl.zeros((ROWS, FOURS), tl.float64)
     gg, peak, ug, ww, vw, uu, ub = zero, tl.zeros((ROWS, FOURS), tl.int32), zero, zero, zero, zero, zero
     for tile in range(TILES):
         start = begin + tile * ROWS * BLOCK
         if start + ROWS * BLOCK <= n:
             gg, peak, ug, ww, vw, uu, ub = _reduce_tile(
-                table, s, row, start, n, (gg, peak, ug, ww, vw, uu, ub),
-                RANK_ONE, WEIGHT, GRADIENT, STATE, WEIGHTS_TOO, ALIGNED, False,
-            )  # fmt: skip
+                addresses, own, start, n, (gg, peak, ug, ww, vw, uu, ub), RANK_ONE, STATE, WEIGHTS_TOO, False
+            )
         elif start < n:
             gg, peak, ug, ww, vw, uu, ub = _reduce_tile(
-                table, s, row, start, n, (gg, peak, ug, ww, vw, uu, ub),
-                RANK_ONE, WEIGHT, GRADIENT, STATE, WEIGHTS_TOO, ALIGNED, True,
-            )  # fmt: skip
+                addresses, own, start, n, (gg, peak, ug, ww, vw, uu, ub), RANK_ONE, STATE, WEIGHTS_TOO, True
+            )
     out = partial + tl.program_id(0).to(tl.int64) * SUMS
     tl.store(out + GG, tl.sum(gg))
     tl.store(out + PEAK, tl.max(peak).to(tl.float32, bitcast=True).to(tl.float64))

@@ -12,6 +12,8 @@ BLOCK = tl.constexpr(32)  # weights of an int8 state's block
 FLOAT32, BFLOAT16, INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # 1.5 * 2^23 and its bits: a small integer more changes the last ones, which is faster than a conversion.
 SHIFT, SHIFT_BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)
+# Bits of float32: 127^2's mantissa (it is 1.97 2^13), 127^2 times half of the smallest number, and 3.4e38.
+SQUARE_MANTISSA, HALF_A_STEP, LARGEST_PEAK = tl.constexpr(0x7C0400), tl.constexpr(8064), tl.constexpr(0x7F7FC99E)
 
 
 @triton.jit
@@ -71,12 +73,25 @@ def _power(exponents):
 
 
 @triton.jit
+def blocks_of(n):
+    return (n + BLOCK - 1) // BLOCK
+
+
+@triton.jit
+def _exponent(peak):
+    """The smallest e with peak <= 127^2 2^(e - 127), from the bits of the peak; 255 where that is no finite number."""
+    e = ((peak + 0x7FFFFF - SQUARE_MANTISSA) >> 23) - 13
+    e = tl.where(peak > HALF_A_STEP, tl.maximum(e, 1), 0)
+    return tl.where(peak <= LARGEST_PEAK, e, 255)
+
+
+@triton.jit
 def load_state(pointer, exponents, offsets, blocks, n, FORMAT: tl.constexpr, MASKED: tl.constexpr):
     if FORMAT != INT8:
         return load(pointer, offsets, n, MASKED)
     codes = load_stored(pointer, offsets, n, MASKED)
     x = (codes.to(tl.int32) + SHIFT_BITS).to(tl.float32, bitcast=True) - SHIFT
-    e = tl.load(exponents + blocks, mask=blocks * BLOCK < n, other=0).to(tl.int32)
+    e = load_stored(exponents, blocks, blocks_of(n), MASKED).to(tl.int32)
     return x * tl.abs(x) * _power(e)[:, None]
 
 
@@ -116,18 +131,16 @@ def store_state(pointer, exponents, offsets, blocks, n, x, random, FORMAT: tl.co
     if MASKED:
         x = tl.where(offsets < n, x, 0.0)
     bits = x.to(tl.int32, bitcast=True)
-    peak = tl.max(bits & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
-    e = (tl.div_rn(peak, tl.full(peak.shape, 16129.0, tl.float32)).to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23
-    e = tl.where(peak <= 3.4e38, e, 255)
+    e = _exponent(tl.max(bits & 0x7FFFFFFF, axis=1))
     inverse = tl.where(e < 254, _power(254 - tl.minimum(e, 254)), 0.0)
     finite = (e < 255)[:, None]
     y = tl.where(finite, tl.abs(x), 0.0) * inverse[:, None]
-    root = tl.sqrt_rn(y)
-    low = (root + SHIFT) - SHIFT  # the nearest integer
-    low = tl.where(low > root, low - 1.0, low)
+    low = (tl.sqrt(y) + SHIFT) - SHIFT  # the integer nearest to the root, whose last bits a GPU may have wrong
+    low = tl.where(low * low > y, low - 1.0, low)  # the largest one whose square is within y: that much is exact
     u = ((random << 7) | 0x3F800040).to(tl.float32, bitcast=True) - 1.0  # random / 2^16 + 2^-17
-    code = low + tl.where(u * (2.0 * low + 1.0) < y - low * low, 1.0, 0.0)
-    code = tl.where(bits < 0, -code, code)
+    high = low + 1.0
+    code = tl.where(u * (low + high) < y - low * low, high, low)
+    code = (code.to(tl.int32, bitcast=True) | (bits & -0x80000000)).to(tl.float32, bitcast=True)  # the sign of x
     store(pointer, offsets, n, (code + SHIFT).to(tl.int32, bitcast=True).to(tl.int8), MASKED)
-    tl.store(exponents + blocks, e.to(tl.uint8), mask=blocks * BLOCK < n)
+    store(exponents, blocks, blocks_of(n), e.to(tl.uint8), MASKED)
     return code * tl.abs(code) * _power(e)[:, None]
