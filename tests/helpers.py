@@ -47,7 +47,7 @@ def _alpaca_rows(count: int) -> list[dict[str, str]]:
 ALPACA_ROWS = _alpaca_rows(24)
 
 
-def make_llama(folder: Path, tie_word_embeddings: bool, hidden_size: int = 32) -> Path:
+def make_llama(folder: Path, tie_word_embeddings: bool) -> Path:
     """Write a byte-level tokenizer and a random model."""
     special = ["<s>", "</s>", "<pad>"]
     bpe = Tokenizer(models.BPE())
@@ -71,7 +71,7 @@ def make_llama(folder: Path, tie_word_embeddings: bool, hidden_size: int = 32) -
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
+        hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=4,
         num_attention_heads=4,

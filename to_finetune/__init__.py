@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,6 +10,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["DiagonalTO", "FullTO", "RankOneTO", "__version__"]
+
+# On some CPUs bitsandbytes warns, as soon as peft imports it, that a kernel for inference is not installed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

@@ -25,7 +25,7 @@ from transformers.trainer_utils import align_special_tokens
 
 from to_finetune.errors import UsageError, did_you_mean
 from to_finetune.model.adapters import with_adapters
-from to_finetune.model.quantized import Quantization, keep_bits_still, quantize_frozen
+from to_finetune.model.quantized import Quantization, check_reading, keep_bits_still, quantize_frozen
 from to_finetune.model.skeleton import skeleton_of
 from to_finetune.model.trained import adapter_config, holds_adapters, load_trained, read_trained
 
@@ -47,7 +47,7 @@ def load_model(
         quantization_config: of `quantize_frozen`; None to load the weights as they are.
 
     Raises:
-        UsageError: when there is no such model, or it cannot have that attention, in one sentence.
+        UsageError: when there is no such model, or it cannot have that attention or those bits, in one sentence.
     """
     tokenizer = load_tokenizer(model_name_or_path, revision, trust_remote_code)
     # None would stand before what a base that is stored quantised says of itself.
@@ -62,6 +62,7 @@ def load_model(
             **quantized,
         )
     if getattr(model, "is_quantized", False):
+        check_reading(model)
         keep_bits_still(model)
     return model, tokenizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -43,6 +44,31 @@ def quantize_frozen(
         # Taken as regular expressions from a name's start and as words at its end: anchored, each finds one module.
         llm_int8_skip_modules=[f"^{re.escape(name)}$" for name in kept],
     )
+
+
+def check_reading(model: nn.Module) -> None:
+    """Refuse what bitsandbytes misreads: 0.50 does on CPUs with AVX-512, in 4 bits, rows of 16, 32 or 48 mod 64.
+
+    Raises:
+        UsageError: with the name of a matrix.
+    """
+    for name, module in model.named_modules():
+        in_4_bits = is_quantized_linear(module) and hasattr(module.weight, "quant_state")
+        if in_4_bits and module.weight.device.type == "cpu" and not _reads_rows_of(module.in_features):
+            raise UsageError(
+                f"load_in_4bit: bitsandbytes misreads {name!r} on this CPU, as it does 4-bit rows of "
+                f"{module.in_features}, which is no multiple of 64. Choose load_in_8bit, or a GPU."
+            )
+
+
+@cache
+def _reads_rows_of(columns: int) -> bool:
+    """Whether rows of a 4-bit matrix are read on the CPU as the same codes are in one long row."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    weight = torch.randn(64, columns, generator=torch.Generator().manual_seed(0))
+    rows, one_row = (dequantize_4bit(*quantize_4bit(x, quant_type="nf4")) for x in (weight, weight.flatten()))
+    return torch.equal(rows.flatten(), one_row.flatten())
 
 
 def keep_bits_still(model: Any) -> None:
