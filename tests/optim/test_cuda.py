@@ -44,6 +44,10 @@ for kernel in (step._reduce, step._update):
         formats = dict(WEIGHT=weight, GRADIENT=weight, STATE=state)
         more = dict(WEIGHTS_TOO=True, ALIGNED=True, ROWS=step.ROWS, TILES=step.TILES)
         compile(kernel, batch, HAS_SKIP=True, RANK_ONE=rank_one, **formats, **more)
+combined = {"partial": "*fp64", "begin": "*i64", "sums": "*fp64", "table": "*i64", "scalars": "*fp32", "held": "*fp64"}
+for rank_one in (False, True):
+    more = dict(FINISH=True, HELD=True, RMS=True, RELATIVE=True, COMBINED=step.COMBINED)
+    compile(step._combine, combined, RANK_ONE=rank_one, **more)
 pieces = {"table": "*i64", "programs": "*i32"}
 for gradient, factor in ((0, "*fp32"), (1, "*bf16")):
     more = dict(GRADIENT=gradient, ALIGNED=True, HIGH=factored.HIGH, WIDE=factored.WIDE)
@@ -65,10 +69,10 @@ def test_the_kernels_compile_for_gpus(capability: int) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 14
+    assert len(lines) == 16
     for name, wide, fused, size in lines:
-        assert (
-            int(wide) >= 2 or name == "_combine_squares"
+        assert int(wide) >= 2 or name.startswith(
+            "_combine"
         )  # none where the compiler does not know the addresses to be aligned
         assert int(fused) == 0
         assert int(size) > 0

@@ -17,11 +17,11 @@ Piece = tuple[int, int | None]  # a parameter's position, and where in it the pi
 
 
 class Diagnostics:
-    """Sums over this process's pieces, by those who share the weights; added up over all when they are read."""
+    """Sums over this process's pieces, by those who share the weights; added up when they are read, not in the step."""
 
     def __init__(self) -> None:
         self._squares: dict[Shards, dict[Piece, tuple[Tensor, Tensor]]] = {}  # |G - g|^2 and |g|^2
-        self._peaks: dict[Shards, dict[Piece, Tensor]] = {}  # max|g| / |g|
+        self._peaks: dict[Shards, dict[Piece, tuple[Tensor, Tensor]]] = {}  # max|g| and |g|^2
 
     def expect(self, sharers: Iterable[Shards]) -> None:
         """Also where no weight is held here: what is added up later is added up by all processes."""
@@ -30,20 +30,19 @@ class Diagnostics:
             self._peaks.setdefault(shards, {})
 
     def add_squares(self, member: Member, error: Tensor, norm: Tensor) -> None:
-        """``||G - g||^2`` and ``||g||^2`` of a member, or of a batch that begins with it."""
+        """``||G - g||^2`` and ``||g||^2`` of a member, or of all in a batch that begins with it."""
         self._squares[member.shards][_piece(member)] = error, norm
 
-    def add_peak(self, part: Part, sums: Tensor, norm_square: Tensor) -> None:
+    def add_peaks(self, part: Part, sums: Tensor, norm_square: Tensor) -> None:
         """From the sums over a part's members, and ``||g||^2`` of their whole tensors."""
         if part.group["grad_scale"] is not None:
-            peaks = sums[:, PEAK] / norm_square.sqrt().clamp(min=SMALLEST_DIVISOR)
-            self._peaks[part.shards][_piece(part.members[0])] = peaks.max()
+            self._peaks[part.shards][_piece(part.members[0])] = sums[:, PEAK], norm_square
 
     def estimate_error(self) -> Tensor:
         """``||G - g|| / ||g||``, 0-dim; NaN before the first step."""
         sums = []
         for shards, pieces in self._squares.items():
-            squares = [torch.stack([x.double() for x in pair]) for pair in pieces.values()]
+            squares = [torch.stack([x.double().sum() for x in pair]) for pair in pieces.values()]
             sums.append(all_reduce(_folded(squares, Tensor.add, torch.zeros(2, dtype=torch.float64)), shards))
         error, norm = _folded(sums, Tensor.add, torch.full((2,), torch.nan))
         return (error / norm).sqrt()
@@ -51,10 +50,10 @@ class Diagnostics:
     def gradient_peak(self) -> Tensor:
         """The largest ``max|g| / ||g||`` of a tensor, 0-dim; NaN before the first step."""
         none = torch.zeros((), dtype=torch.float64)
-        peaks = [
-            all_reduce(_folded(list(pieces.values()), torch.maximum, none), shards, ReduceOp.MAX)
-            for shards, pieces in self._peaks.items()
-        ]
+        peaks = []
+        for shards, pieces in self._peaks.items():
+            own = [(peak / square.sqrt().clamp(min=SMALLEST_DIVISOR)).max() for peak, square in pieces.values()]
+            peaks.append(all_reduce(_folded(own, torch.maximum, none), shards, ReduceOp.MAX))
         return _folded(peaks, torch.maximum, torch.tensor(torch.nan))
 
 

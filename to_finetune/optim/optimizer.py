@@ -217,7 +217,7 @@ class TrainableOptimizer(StatefulOptimizer):
         norms = share(self.variant, may_skip, work, parts)
         for part in parts:
             if part.totals is not None and part.sums is not None:
-                self._diagnostics.add_peak(part, part.sums, part.totals.norm_square)
+                self._diagnostics.add_peaks(part, part.sums, part.totals.norm_square)
         self._skip = _nonfinite(norms) if may_skip else None
         if self._skip is None or self._skip.device.type != "cpu" or not self._skip:
             for part in parts:
@@ -268,9 +268,9 @@ class TrainableOptimizer(StatefulOptimizer):
 
     def _update_fused(self, batch: Batch) -> None:
         sums = fused_path.step(batch, self._skip, self._carried)
-        self._diagnostics.add_squares(batch.members[0], sums[:, ERROR].sum(), sums[:, GG].sum())
+        self._diagnostics.add_squares(batch.members[0], sums[:, ERROR], sums[:, GG])
         if batch.measures_itself:
-            self._diagnostics.add_peak(batch, sums, sums[:, GG])
+            self._diagnostics.add_peaks(batch, sums, sums[:, GG])
 
     @abstractmethod
     def _update(self, part: Part) -> None:

@@ -14,7 +14,7 @@ their codes. 33 bytes hold 32 numbers.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -157,7 +157,11 @@ def unpack_(codes: Tensor, exponents: Tensor, packed: Tensor, first: int) -> Non
     exponents.copy_(own[starts.clamp(min=0)])
 
 
-def state_key(seed: int, steps: Integer, positions: Integer) -> Integer:
+@overload
+def state_key(seed: int, steps: int, positions: int) -> int: ...
+@overload
+def state_key(seed: int, steps: int | Tensor, positions: Tensor) -> Tensor: ...
+def state_key(seed: int, steps: Any, positions: Any) -> Any:
     """The 32-bit key of the random bits of a parameter in a step; integers, or int64 vectors of one length."""
     words = mix((mix(seed & WORD) + (seed >> 32)) & WORD)
     return mix((mix((words + steps) & WORD) + positions * GOLDEN) & WORD)

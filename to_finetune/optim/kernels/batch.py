@@ -76,7 +76,9 @@ class Batch(Part):
         addresses = [grad.data_ptr() for grad in self.grads]
         self._rows[:, GRADIENT] = torch.tensor(addresses)
         if self.rounds and may_read(self.group, self.steps):
-            self._rows[:, KEY] = state_key(self.group["seed"], self.steps.long(), self._positions)
+            counts = set(self.steps.tolist())
+            count = int(counts.pop()) if len(counts) == 1 else self.steps.long()  # of a number it takes less time
+            self._rows[:, KEY] = state_key(self.group["seed"], count, self._positions)
         self.aligned = reduce(operator.or_, addresses, self._alignment) % 16 == 0
         self.table = to_device(self._rows, self.device)
         self.sums = self.totals = self.held = None
@@ -134,10 +136,8 @@ class Batch(Part):
 
     @property
     def measures_itself(self) -> bool:
-        """Whether the first pass is part of the second: on the CPU, where no sum concerns more than one tensor."""
-        return hasattr(self.kernels, "measure_and_update") and not (
-            self.shards or self.may_skip or is_group_wide(self.variant, self.group)
-        )
+        """Whether the kernels take both passes in one call, since no sum concerns more than one tensor."""
+        return not (self.shards or self.may_skip or is_group_wide(self.variant, self.group))
 
     @cached_property
     def may_carry(self) -> bool:
