@@ -103,7 +103,8 @@ def test_a_checkpoint_is_asked_as_its_run(run: Run) -> None:
 def with_adapter(llama: Path, folder: Path) -> Path:
     """Adapters with random weights, as peft itself saves them."""
     torch.manual_seed(1)
-    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    names = ["q_proj", "down_proj"]
+    config = LoraConfig(r=4, lora_alpha=64, target_modules=names, init_lora_weights=False, task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config).save_pretrained(folder)
     (folder / "run.json").write_text(json.dumps({"prompt_form": "alpaca"}))
     return folder

@@ -71,7 +71,7 @@ def test_without_patterns_everything_trains(model: PreTrainedModel) -> None:
 def test_the_table_counts_a_weight_once(model: PreTrainedModel) -> None:
     """Also where two patterns find it: each has its own row, the sum has it once."""
     total = sum(p.numel() for p in model.parameters())
-    q = 32 * 32
+    q = 64 * 64
     table = select_trainable(model, [r"layers\.3\.", r"[qx]_proj"]).table()
     rows = [[str(cell) for cell in row] for row in zip(*(column.cells for column in table.columns), strict=True)]
     assert rows == [

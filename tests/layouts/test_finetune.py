@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from ..helpers import Run, flags
+from ..helpers import LAYER_WEIGHTS, Run, flags
 from .on_cpu import ROOT, command, launch, settings
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -110,7 +110,7 @@ def test_ends_where_one_process_does(
 
 def assert_only_the_trained_part_was_written(folder: Path, state_bytes: int) -> None:
     """4 bytes a trained weight and the state's, and 3 kB a tensor and process for names and places."""
-    trained, tensors = 10_304, 9
+    trained, tensors = LAYER_WEIGHTS, 9
     weights = (folder / "trained.safetensors").stat().st_size
     assert 4 * trained <= weights <= 4 * trained + 300 * tensors
     state = sum(file.stat().st_size for file in (folder / "to_state").iterdir())
