@@ -147,27 +147,29 @@ def _rank_one(w, g, u, v, b, scalars):
 
 @triton.jit
 def _place(table, chunks, WEIGHTS: tl.constexpr):
-    """This program's row in the table, its first weight there, and the number of weights of the tensor."""
+    """This program's row in the table, its first weight there, and the number of its weights."""
     pid = tl.program_id(0)
     row = tl.load(chunks + 2 * pid).to(tl.int64)
     begin = tl.load(chunks + 2 * pid + 1).to(tl.int64) * WEIGHTS
-    return row, begin, tl.load(table + row * COLUMNS + NUMEL)
+    return row, begin, tl.minimum(tl.load(table + row * COLUMNS + NUMEL) - begin, WEIGHTS).to(tl.int32)
 
 
 @triton.jit
-def _addresses(table, row, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Of weights, gradients, the three states and their exponents: all that a program needs of the table's row."""
-    t = table + row * COLUMNS
-    w, g = pointer(tl.load(t), WEIGHT, ALIGNED), pointer(tl.load(t + 1), GRADIENT, ALIGNED)
+def _addresses(
+    table, row, begin, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Of this program's weights, gradients, three states and their exponents: all that it needs of the table's row."""
+    t, block = table + row * COLUMNS, begin // BLOCK
+    w, g = pointer(tl.load(t), WEIGHT, ALIGNED) + begin, pointer(tl.load(t + 1), GRADIENT, ALIGNED) + begin
     x0, x1, x2 = (
-        pointer(tl.load(t + 2), STATE, ALIGNED),
-        pointer(tl.load(t + 3), STATE, ALIGNED),
-        pointer(tl.load(t + 4), STATE, ALIGNED),
+        pointer(tl.load(t + 2), STATE, ALIGNED) + begin,
+        pointer(tl.load(t + 3), STATE, ALIGNED) + begin,
+        pointer(tl.load(t + 4), STATE, ALIGNED) + begin,
     )
     e0, e1, e2 = (
-        tl.load(t + 5).to(tl.pointer_type(tl.uint8)),
-        tl.load(t + 6).to(tl.pointer_type(tl.uint8)),
-        tl.load(t + 7).to(tl.pointer_type(tl.uint8)),
+        tl.load(t + 5).to(tl.pointer_type(tl.uint8)) + block,
+        tl.load(t + 6).to(tl.pointer_type(tl.uint8)) + block,
+        tl.load(t + 7).to(tl.pointer_type(tl.uint8)) + block,
     )
     return w, g, x0, x1, x2, e0, e1, e2
 
@@ -301,14 +303,14 @@ def _update(
     if HAS_SKIP and tl.load(skip) != 0:
         return
     row, begin, n = _place(table, chunks, ROWS * BLOCK * TILES)
-    key = (tl.load(table + row * COLUMNS + KEY) + tl.load(table + row * COLUMNS + FIRST)).to(tl.uint32)
+    key = (tl.load(table + row * COLUMNS + KEY) + tl.load(table + row * COLUMNS + FIRST) + begin).to(tl.uint32)
     # Before the loop: in it each tile would load them anew, since it writes to memory.
-    addresses = _addresses(table, row, WEIGHT, GRADIENT, STATE, ALIGNED)
+    addresses = _addresses(table, row, begin, WEIGHT, GRADIENT, STATE, ALIGNED)
     own = _scalars(scalars + row * SCALARS)
     zero = tl.zeros((ROWS, FOURS), tl.float64)
     gg, ww, vw, uu, ub, error = zero, zero, zero, zero, zero, zero
     for tile in range(TILES):
-        start = begin + tile * ROWS * BLOCK
+        start = tile * ROWS * BLOCK
         if start + ROWS * BLOCK <= n:
             gg, ww, vw, uu, ub, error = _update_tile(
                 addresses, own, start, n, key, (gg, ww, vw, uu, ub, error), RANK_ONE, WEIGHT, STATE, WEIGHTS_TOO, False
@@ -328,12 +330,12 @@ def _reduce(
 ):  # fmt: skip
     row, begin, n = _place(table, chunks, ROWS * BLOCK * TILES)
     # Before the loop: in it each tile would load them anew, since it writes to memory.
-    addresses = _addresses(table, row, WEIGHT, GRADIENT, STATE, ALIGNED)
+    addresses = _addresses(table, row, begin, WEIGHT, GRADIENT, STATE, ALIGNED)
     own = _scalars(scalars + row * SCALARS)
     zero = tl.zeros((ROWS, FOURS), tl.float64)
     gg, peak, ug, ww, vw, uu, ub = zero, tl.zeros((ROWS, FOURS), tl.int32), zero, zero, zero, zero, zero
     for tile in range(TILES):
-        start = begin + tile * ROWS * BLOCK
+        start = tile * ROWS * BLOCK
         if start + ROWS * BLOCK <= n:
             gg, peak, ug, ww, vw, uu, ub = _reduce_tile(
                 addresses, own, start, n, (gg, peak, ug, ww, vw, uu, ub), RANK_ONE, STATE, WEIGHTS_TOO, False
