@@ -23,7 +23,7 @@ import re, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from to_finetune.optim.kernels.gpu import factored, programs, step
+from to_finetune.optim.kernels.gpu import factored, programs, step, sums
 
 def compile(kernel, pointers, **options):
     source = ASTSource(
@@ -46,8 +46,8 @@ for kernel in (step._reduce, step._update):
         compile(kernel, batch, HAS_SKIP=True, RANK_ONE=rank_one, **formats, **more)
 combined = {"partial": "*fp64", "begin": "*i64", "sums": "*fp64", "table": "*i64", "scalars": "*fp32", "held": "*fp64"}
 for rank_one in (False, True):
-    more = dict(FINISH=True, HELD=True, RMS=True, RELATIVE=True, COMBINED=step.COMBINED)
-    compile(step._combine, combined, RANK_ONE=rank_one, **more)
+    more = dict(FINISH=True, HELD=True, RMS=True, RELATIVE=True, COMBINED=sums.COMBINED)
+    compile(sums._combine, combined, RANK_ONE=rank_one, **more)
 pieces = {"table": "*i64", "programs": "*i32"}
 for gradient, factor in ((0, "*fp32"), (1, "*bf16")):
     more = dict(GRADIENT=gradient, ALIGNED=True, HIGH=factored.HIGH, WIDE=factored.WIDE)
