@@ -1,8 +1,8 @@
 """The fused path on GPUs, in Triton: one launch a pass for all tensors of a batch, whatever their number and sizes.
 
 The twin of `rules.py` and of `cpu.cpp`, and equal to them bit for bit where a GPU's float32 is: products and sums are
-not contracted, division and square root round correctly, the sums that a step needs are taken in float64, and all in a
-fixed order. Runs on CPU tensors in Triton's interpreter, which is how it is tested without a GPU.
+not contracted, division rounds correctly, the sums that a step needs are taken in float64, and all in a fixed order.
+Runs on CPU tensors in Triton's interpreter, which is how it is tested without a GPU.
 
 A program of a step takes a chunk of one tensor, in tiles of ROWS rows of 32 weights: the blocks of int8 state. Tensors
 are found by address, in a table made for each step, since gradients move. There is no autotuning: it would run a step
