@@ -71,9 +71,8 @@ def test_the_kernels_compile_for_gpus(capability: int) -> None:
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len(lines) == 16
     for name, wide, fused, size in lines:
-        assert int(wide) >= 2 or name.startswith(
-            "_combine"
-        )  # none where the compiler does not know the addresses to be aligned
+        # None where the compiler does not know the addresses to be aligned.
+        assert int(wide) >= 2 or name.startswith("_combine")
         assert int(fused) == 0
         assert int(size) > 0
 

@@ -62,7 +62,7 @@ def _launch(kernel: Any, batch: Batch, scalars: Tensor, weights: bool, skip: Ten
     """One pass; returns the sums of each program, (programs, 8) float64, and each tensor's first program."""
     variant, weight, gradient, state = batch.formats
     chunks, begin = programs_of(batch.numbers, batch.table.device, ROWS * 32 * TILES)
-    new = torch.empty if skip is None else torch.zeros
+    new = torch.empty if skip is None else torch.zeros  # a program that skips writes none
     partial = new(len(chunks), 8, dtype=torch.float64, device=batch.table.device)
     with torch.cuda.device_of(batch.table):  # Triton launches on the current device
         kernel[(len(chunks),)](
