@@ -38,25 +38,25 @@ def add_squares(pieces: Pieces, sums: Tensor) -> None:
         _launch_on_pieces(_square, blocks, pieces, table, places, found, TALL=TALL)
         arrays = table, places, found, sums
         more: dict[str, Any] = {"TALL": TALL, "ADDED": ADDED}
-        blocks = [-(-rows // ADDED) for rows, _ in sizes]
-        _launch_on_pieces(_combine_squares, blocks, pieces, *arrays, OF_COLUMNS=False, **more)
+        rows = [rows for rows, _ in sizes]
+        _launch_on_pieces(_combine_squares, rows, pieces, *arrays, each=ADDED, OF_COLUMNS=False, **more)
         for turn in sorted(set(turns[begin:end])):
             of_turn = [this == turn for this in turns[begin:end]]
-            blocks = [-(-columns // ADDED) * now for (_, columns), now in zip(sizes, of_turn, strict=True)]
-            _launch_on_pieces(_combine_squares, blocks, pieces, *arrays, OF_COLUMNS=True, **more)
+            columns = [columns * now for (_, columns), now in zip(sizes, of_turn, strict=True)]
+            _launch_on_pieces(_combine_squares, columns, pieces, *arrays, each=ADDED, OF_COLUMNS=True, **more)
 
 
 def scale(pieces: Pieces, factors: Tensor) -> None:
     """Multiply each element by its row's and its column's factor, in place, rounded after each."""
     table = to_device(pieces.table, factors.device)
-    _launch_on_pieces(_scale, [-(-rows // HIGH) for rows, _ in pieces.sizes], pieces, table, factors)
+    _launch_on_pieces(_scale, [rows for rows, _ in pieces.sizes], pieces, table, factors, each=HIGH)
 
 
 def _launch_on_pieces(
-    kernel: Any, blocks: Sequence[int], pieces: Pieces, table: Tensor, *arrays: Tensor, **options: Any
+    kernel: Any, sizes: Sequence[int], pieces: Pieces, table: Tensor, *arrays: Tensor, each: int = 1, **options: Any
 ) -> None:
-    """A program for each of a piece's blocks."""
-    programs, _ = programs_of(blocks, table.device)
+    """A program for each `each` of a piece's size."""
+    programs, _ = programs_of(sizes, table.device, each)
     if len(programs):
         with torch.cuda.device_of(table):
             kernel[(len(programs),)](

@@ -73,7 +73,7 @@ def _power(exponents):
 
 
 @triton.jit
-def blocks_of(n):
+def _blocks_of(n):
     return (n + BLOCK - 1) // BLOCK
 
 
@@ -91,7 +91,7 @@ def load_state(pointer, exponents, offsets, blocks, n, FORMAT: tl.constexpr, MAS
         return load(pointer, offsets, n, MASKED)
     codes = load_stored(pointer, offsets, n, MASKED)
     x = (codes.to(tl.int32) + SHIFT_BITS).to(tl.float32, bitcast=True) - SHIFT
-    e = load_stored(exponents, blocks, blocks_of(n), MASKED).to(tl.int32)
+    e = load_stored(exponents, blocks, _blocks_of(n), MASKED).to(tl.int32)
     return x * tl.abs(x) * _power(e)[:, None]
 
 
@@ -142,5 +142,5 @@ def store_state(pointer, exponents, offsets, blocks, n, x, random, FORMAT: tl.co
     code = tl.where(u * (low + high) < y - low * low, high, low)
     code = (code.to(tl.int32, bitcast=True) | (bits & -0x80000000)).to(tl.float32, bitcast=True)  # the sign of x
     store(pointer, offsets, n, (code + SHIFT).to(tl.int32, bitcast=True).to(tl.int8), MASKED)
-    store(exponents, blocks, blocks_of(n), e.to(tl.uint8), MASKED)
+    store(exponents, blocks, _blocks_of(n), e.to(tl.uint8), MASKED)
     return code * tl.abs(code) * _power(e)[:, None]
