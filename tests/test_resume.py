@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -92,6 +93,22 @@ def test_a_finished_run_that_is_resumed_stays_what_it_is(finetune: Finetune, tmp
     assert again.record["results"]["steps"] == 4
     assert_same_bits(again.weights, before)
     assert not (run.folder / "checkpoint-5").exists()
+
+
+def test_the_time_before_a_resume_counts(finetune: Finetune, tmp_path: Path) -> None:
+    interrupted(finetune, tmp_path / "run", signal.SIGTERM)
+    path = tmp_path / "run" / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    assert state["stateful_callbacks"]["WholeRuntime"]["attributes"]["seconds"] > 0
+    state["stateful_callbacks"]["WholeRuntime"]["attributes"]["seconds"] = 5000.0
+    path.write_text(json.dumps(state))
+    again = finetune(tmp_path / "run", max_steps=STEPS, resume_from_checkpoint=True)
+    assert 5000 < again.record["results"]["train_seconds"] < 9000
+
+    del state["stateful_callbacks"]["WholeRuntime"]  # a checkpoint of an earlier version
+    path.write_text(json.dumps(state))
+    options = {"max_steps": STEPS, "resume_from_checkpoint": path.parent, "save_strategy": "steps", "save_steps": 6}
+    assert finetune(tmp_path / "again", **options).record["results"]["train_seconds"] < 5000
 
 
 class SignalInEvaluation(StopOnNonFinite):

@@ -31,7 +31,7 @@ from to_finetune.training.arguments import (
     parse_arguments,
     resolved_config,
 )
-from to_finetune.training.callbacks import SaveOnSignal, StopOnNonFinite, TerminalLines, TerminalProgress
+from to_finetune.training.callbacks import SaveOnSignal, StopOnNonFinite, TerminalLines, TerminalProgress, WholeRuntime
 from to_finetune.training.launch import check_processes
 from to_finetune.training.memory import RunMemory
 from to_finetune.training.prepare import data_report, prepare_data, prepare_model, prepare_trainer, settle_learning_rate
@@ -96,7 +96,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     for hf_callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(hf_callback)
     progress = TerminalProgress() if sys.stderr.isatty() else TerminalLines()
-    for callback in (progress, StopOnNonFinite(), signals, memory):
+    for callback in (progress, StopOnNonFinite(), signals, memory, WholeRuntime()):
         trainer.add_callback(callback)
     samples = SampleAnswers(trainer, record.folder)
     trainer.add_callback(SlopeTrace(record.folder))

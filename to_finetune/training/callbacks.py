@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import signal
+import time
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from to_finetune.errors import RunError
 
@@ -70,6 +72,30 @@ class ShortBackward(TrainerCallback):
         names = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
         if on and not any((getattr(args, name, None) or {}).get("use_reentrant") for name in names):
             kwargs["model"].disable_input_require_grads()
+
+
+class WholeRuntime(TrainerCallback, ExportableState):
+    """Makes the log's ``train_runtime`` that of the whole run: its seconds before a resume count as well."""
+
+    def __init__(self) -> None:
+        self._before, self._began = 0.0, time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._began = time.perf_counter()
+        callbacks: Any = state.stateful_callbacks  # of a resumed run those of its checkpoint, which may be older
+        before = callbacks.setdefault(type(self).__name__, self.state())
+        self._before = before["attributes"]["seconds"] if state.global_step else 0.0
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.log_history[-1]["train_runtime"] += self._before
+
+    def state(self) -> dict[str, Any]:
+        """What Hugging Face keeps in a checkpoint's trainer_state.json."""
+        return {"args": {}, "attributes": {"seconds": self._before + time.perf_counter() - self._began}}
 
 
 class StopOnNonFinite(TrainerCallback):
