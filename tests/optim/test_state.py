@@ -211,3 +211,32 @@ def test_torchs_distributed_state_dicts_restore_the_run(
     weights, state = through(model, optimizer, tmp_path)
     set_state_dict(other, restored, model_state_dict=weights, optim_state_dict=state, options=StateDictOptions())
     assert torch.equal(train(model, optimizer, 3), train(other, restored, 3))
+
+
+@pytest.mark.parametrize("saved_by", ["AdamW", "SGD", "diagonal", "rank_one", "full"])
+def test_the_state_of_another_optimizer_is_refused_and_changes_nothing(variant: str, saved_by: str) -> None:
+    if saved_by == variant:
+        return
+    others: dict[str, Any] = {"AdamW": torch.optim.AdamW, "SGD": lambda ps: torch.optim.SGD(ps, 0.1, momentum=0.9)}
+    theirs = make_weights([(3, 4)])
+    other = {**OPTIMIZERS, **others}[saved_by](theirs)
+    params = make_weights([(3, 4)])
+    optimizer = OPTIMIZERS[variant](params)
+    run(optimizer, params, 2)
+    for p in theirs:
+        p.grad = torch.ones_like(p)
+    other.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match=rf"parameter 0 is .*, but {type(optimizer).__name__}'s is .*another optimi"):
+        optimizer.load_state_dict(other.state_dict())
+    assert str(optimizer.state_dict()) == str(before)
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (300, 300), (12,)])
+def test_the_state_of_weights_of_another_shape_is_refused(variant: str, shape: tuple[int, ...]) -> None:
+    theirs, params = make_weights([(2,), (4, 3)]), make_weights([(2,), shape])
+    other, optimizer = OPTIMIZERS[variant](theirs), OPTIMIZERS[variant](params)
+    run(other, theirs, 2)
+    with pytest.raises(RuntimeError, match=r"of parameter 1 has the shape \(4, 3\), the parameter .*another model's"):
+        optimizer.load_state_dict(other.state_dict())
+    assert not optimizer.state

@@ -27,6 +27,7 @@ class FullTO(TrainableOptimizer):
     """
 
     state_names = ("b",)
+    block_names = ("A", "corrections", "weights")
     state_dtypes = (torch.float32, torch.bfloat16)
     variant = "full"
 

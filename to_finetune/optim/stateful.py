@@ -36,6 +36,7 @@ class StatefulOptimizer(Optimizer, ABC):
     """What an optimizer holds, apart from what it does with it in a step."""
 
     state_names: tuple[str, ...]
+    block_names: tuple[str, ...] = ()  # of state that is not of the weight's shape
     state_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.int8)
     fast_paths: tuple[str, ...] = ()
     variant: str  # its name in the fused kernels
@@ -116,7 +117,15 @@ class StatefulOptimizer(Optimizer, ABC):
         """Load a saved state, keeping each tensor's saved dtype (torch would cast it to the weight's).
 
         Counts stay on the CPU, so that reading one never waits for a device, unless the device itself counts.
+
+        Raises:
+            ValueError: for other parameter groups.
+            RuntimeError: for the state of another optimizer, or of weights of other shapes.
         """
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for i, (p, saved_id) in enumerate(zip(group["params"], saved["params"], strict=False)):
+                if not self._layout(group, i, p).is_flat:  # whose state has DeepSpeed's names
+                    self._check_state(self._known(group).begin + i, p, state_dict["state"].get(saved_id, {}))
         super().load_state_dict(state_dict)
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = ((group, p) for group in self.param_groups for p in group["params"])
@@ -131,6 +140,21 @@ class StatefulOptimizer(Optimizer, ABC):
             if group["state_dtype"] == torch.int8:
                 self.state[p] = unpacked_state(layout, p, self.state[p], self.state_names)
         self.param_groups[0].pop(WHOLES, None)
+
+    def _check_state(self, position: int, p: Tensor, saved: Mapping[str, Any]) -> None:
+        """Refuse what is no state of this optimizer for a tensor of p's shape; the kernels would take it as it is."""
+        names = saved.keys() - {*COUNTERS, *self.block_names}
+        if saved and names != set(self.state_names):
+            raise RuntimeError(
+                f"The saved state of parameter {position} is {', '.join(sorted(names))}, but "
+                f"{type(self).__name__}'s is {', '.join(self.state_names)}: it is another optimizer's."
+            )
+        for name in sorted(names):
+            if saved[name].shape != p.shape:
+                raise RuntimeError(
+                    f"The saved state {name!r} of parameter {position} has the shape {tuple(saved[name].shape)}, the "
+                    f"parameter {tuple(p.shape)}: it is another model's."
+                )
 
     def _owners(self) -> Iterator[tuple[Tensor, Group, Layout]]:
         """The tensors that have state, each with its group and layout."""
@@ -183,7 +207,7 @@ class StatefulOptimizer(Optimizer, ABC):
         """The members of one tensor of the group, with their state, made here if there is none."""
         if grad.is_sparse:
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients.")
-        if "exp_avg" in self.state.get(p, {}):
+        if layout.is_flat and "exp_avg" in self.state.get(p, {}):
             self._take_from_deepspeed(group, p, layout)
         state = self.state[p]
         is_new = not state
