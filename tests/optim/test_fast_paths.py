@@ -274,8 +274,8 @@ def test_what_the_kernels_do_not_know_goes_the_plain_way(variant: str) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("variant", ["diagonal", "rank_one"])
-def test_sums_that_a_step_leaves_for_the_next_are_dropped_when_the_weights_change(variant: str) -> None:
-    """By a load, an assignment in place, or new memory: the next step equals one that knows nothing."""
+def test_sums_that_a_step_leaves_for_the_next_are_dropped_when_what_they_are_over_changes(variant: str) -> None:
+    """Or the state, in place, or to new memory: the next step equals one that knows nothing."""
     options = {"relative_alpha": True, "alpha": 0.5}
     (p,) = make_weights([(50, 40)], torch.float32)
     (q,) = copies([p])
@@ -287,7 +287,11 @@ def test_sums_that_a_step_leaves_for_the_next_are_dropped_when_the_weights_chang
     def replace_memory(x: Tensor) -> None:
         x.data = x.data * 0.2
 
-    for change in (None, scale_in_place, None, replace_memory, scale_in_place):
+    def reset_state(x: Tensor) -> None:
+        name = "b" if variant == "diagonal" else "u"
+        (fast if x is p else loop).state[x][name].zero_()
+
+    for change in (None, scale_in_place, None, replace_memory, scale_in_place, reset_state):
         with torch.no_grad():
             for x in (p, q):
                 if change:
@@ -384,3 +388,22 @@ def test_the_compiled_kernels_are_kept_for_the_next_process(monkeypatch: pytest.
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert cpu._compiled("g++").is_file()
+
+
+@needs_compiler
+def test_kernels_that_do_not_load_are_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """As where machines with other libraries share a home; what does not load then either is a CompilerError."""
+    from to_finetune.optim.kernels import cpu
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "g++")
+    kept = cpu._compiled("g++")
+    kept.write_bytes(b"of another system")
+    cpu.library.cache_clear()
+    assert cpu.library().update
+    assert kept.read_bytes().startswith(b"\x7fELF")
+    monkeypatch.setattr(cpu, "_compiled", lambda compiler: tmp_path / "none.so")
+    cpu.library.cache_clear()
+    with pytest.raises(cpu.CompilerError, match=r"cannot be loaded: .*none\.so"):
+        cpu.library()
+    cpu.library.cache_clear()

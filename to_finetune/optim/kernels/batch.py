@@ -152,14 +152,14 @@ class Batch(Part):
 class Carried:
     """The sums over a batch's weights and state as its last step left them, and how to know that they still hold.
 
-    A change of the weights behind autograd's back (through ``.data``) is not seen; it is in the sums one step later.
+    A change behind autograd's back (through ``.data``) is not seen; it is in the sums one step later.
     """
 
     def __init__(self, batch: Batch, sums: Tensor) -> None:
         self.sums = sums
         self._params, self._places, self._numbers = batch.params, batch.places, batch.numbers
         self._states = batch.states  # alive, so that no others take their addresses
-        self._versions = [p._version for p in self._params]
+        self._versions = _versions(batch)
 
     def holds_for(self, batch: Batch) -> bool:
         params = batch.params
@@ -167,8 +167,14 @@ class Carried:
             len(self._params) == len(params)
             and all(map(operator.is_, self._params, params))
             and (self._places, self._numbers) == (batch.places, batch.numbers)
-            and self._versions == [p._version for p in params]
+            and self._versions == _versions(batch)
         )
+
+
+def _versions(batch: Batch) -> list[int]:
+    """Autograd's counts of the changes of what the carried sums are over: the weights, and RankOne's state."""
+    states = (state[name] for state in batch.states for name in batch.names) if batch.is_rank_one else ()
+    return [x._version for x in (*batch.params, *states)]
 
 
 def make_batch(

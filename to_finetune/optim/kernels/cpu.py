@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -92,7 +93,15 @@ def library() -> ctypes.CDLL:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
         raise CompilerError("no C++ compiler was found")
-    kernels = ctypes.CDLL(str(_compiled(compiler)))
+    path = _compiled(compiler)
+    try:
+        kernels = ctypes.CDLL(str(path))
+    except OSError:  # damaged, or of a machine with other libraries that shares this cache
+        path.unlink(missing_ok=True)
+        try:
+            kernels = ctypes.CDLL(str(_compiled(compiler)))
+        except OSError as error:
+            raise CompilerError(f"what {compiler} made cannot be loaded: {error}") from None
     kernels.use_openmp(_openmp())
     return kernels
 
@@ -124,6 +133,7 @@ def _compiled(compiler: str) -> Path:
         beside = tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False)  # noqa: SIM115
     except OSError:
         folder = Path(tempfile.mkdtemp(prefix="to_finetune-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
         beside = tempfile.NamedTemporaryFile(dir=folder, suffix=".so", delete=False)  # noqa: SIM115
     beside.close()
     errors = ""
