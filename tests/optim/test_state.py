@@ -13,10 +13,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.nn import Parameter
 
 from to_finetune.optim import TrainableOptimizer
+from to_finetune.optim.checkpoint import load_state, load_weights, named, save_state, whole_weights
 
 from .helpers import OPTIMIZERS, STATE_NAMES, copies, flat, make_weights, run, step
 
@@ -240,3 +242,55 @@ def test_the_state_of_weights_of_another_shape_is_refused(variant: str, shape: t
     with pytest.raises(RuntimeError, match=r"of parameter 1 has the shape \(4, 3\), the parameter .*another model's"):
         optimizer.load_state_dict(other.state_dict())
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("name", ["diagonal", "rank_one"])
+def test_weights_that_are_not_contiguous_are_saved_by_name(
+    name: str, state_dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    """As those of convolutions in the channels_last format are."""
+
+    def make() -> tuple[nn.Conv2d, TrainableOptimizer]:
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+        return model, OPTIMIZERS[name](model.parameters(), state_dtype=state_dtype, relative_alpha=True)
+
+    def steps(model: nn.Module, optimizer: TrainableOptimizer, seed: int) -> None:
+        torch.manual_seed(seed)
+        for _ in range(3):
+            model(torch.randn(2, 3, 5, 5)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    (model, optimizer), (other, fresh) = make(), make()
+    assert not model.weight.is_contiguous()
+    steps(model, optimizer, 1)
+    save_state(model, optimizer, tmp_path / "state")
+    load_state(other, fresh, tmp_path / "state")
+    assert_same_bits(optimizer, list(model.parameters()), fresh, list(other.parameters()))  # type: ignore[arg-type]
+    for p, weight in zip(other.parameters(), whole_weights(model, optimizer).values(), strict=True):
+        assert torch.equal(p, weight)
+    steps(model, optimizer, 2)
+    load_weights(other, fresh, dict(model.named_parameters()))
+    assert torch.equal(model.weight, other.weight)
+
+
+def test_names_are_those_without_any_wrapper() -> None:
+    def model() -> nn.Module:
+        layers = nn.ModuleDict({"module": nn.Linear(2, 2), "other": nn.Linear(2, 2)})
+        return nn.ModuleDict({"layers": layers, "head": nn.Linear(2, 2)})
+
+    class Engine(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    plain = model()
+    names = [name for name, _ in plain.named_parameters()]
+    assert list(named(plain)) == names
+    wrapped: Any = model()
+    wrapped["layers"]["other"] = checkpoint_wrapper(wrapped["layers"]["other"])
+    wrapped["head"] = torch.compile(checkpoint_wrapper(wrapped["head"]))
+    for whole in (wrapped, Engine(wrapped), torch.compile(Engine(wrapped)), Engine(torch.compile(wrapped))):  # type: ignore[arg-type]
+        assert list(named(whole)) == names

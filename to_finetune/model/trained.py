@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from to_finetune.errors import RunError, UsageError
 from to_finetune.files import whole
+from to_finetune.optim.checkpoint import named
 
 TRAINED_WEIGHTS_NAME = "trained.safetensors"
 
@@ -52,13 +53,13 @@ def trained_tensors(model: nn.Module, weights: Mapping[str, Tensor] | None = Non
             `model` that require a gradient.
     """
     if weights is None:
-        weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        weights = {name: p for name, p in named(model).items() if p.requires_grad}
     return {name: p.detach().contiguous() for name, p in _as_saved(model, weights).items()}
 
 
 def parameter_names(model: nn.Module) -> dict[str, str]:
     """The names that parameters are saved by, and their names in `model`."""
-    parameters = dict(model.named_parameters())
+    parameters = named(model)
     names = {id(p): name for name, p in parameters.items()}
     return {saved: names[id(p)] for saved, p in _as_saved(model, parameters).items()}
 
@@ -116,7 +117,7 @@ def load_trained(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     Raises:
         UsageError: for a missing or damaged file, and for a tensor that does not fit the model.
     """
-    parameters = dict(model.named_parameters())
+    parameters = named(model)
     names = parameter_names(model)
     tensors = read_trained(folder)[0]
     for name, tensor in tensors.items():
@@ -147,7 +148,10 @@ def read_trained(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Bas
     except SafetensorError as error:
         raise UsageError(f"{path} is damaged: {error}.") from None
     if path.name == TRAINED_WEIGHTS_NAME:
-        return tensors, Base(metadata["base_model_name_or_path"], metadata.get("base_model_revision"))
+        base = (metadata or {}).get("base_model_name_or_path")
+        if base is None:
+            raise UsageError(f"{path} does not say which base model it belongs to: it is not of a run.")
+        return tensors, Base(base, metadata.get("base_model_revision"))
     config = adapter_config(folder)
     return tensors, Base(str(config.base_model_name_or_path), config.revision)
 

@@ -30,6 +30,7 @@ from to_finetune.optim.state import exponents_name, pack, unpack_
 from to_finetune.optim.stateful import COUNTERS
 
 Folder = str | os.PathLike[str]
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")  # by torch.compile, and by FSDP's activation checkpointing
 
 
 def save_state(model: nn.Module, optimizer: TrainableOptimizer, folder: Folder, *, weights: bool = True) -> None:
@@ -37,7 +38,7 @@ def save_state(model: nn.Module, optimizer: TrainableOptimizer, folder: Folder, 
 
     Args:
         model: whose parameters the optimizer was given, wrapped or not.
-        optimizer: DiagonalTO or RankOneTO, after its first step. Its hyper-parameters are not saved.
+        optimizer: DiagonalTO or RankOneTO. Its hyper-parameters are not saved.
         folder: the same on all processes, and a new one each time: what is half written cannot be loaded.
         weights: False where they are saved elsewhere (`whole_weights`).
 
@@ -95,7 +96,7 @@ def whole_weights(model: nn.Module, optimizer: TrainableOptimizer) -> dict[str, 
         here.setdefault(member.position, []).append(member)
     weights = {}
     for position, (first, *others) in sorted(here.items()):
-        pieces = [(_run(member), member.p.detach().view(-1)) for member in (first, *others)]
+        pieces = [(_run(member), member.p.detach().reshape(-1)) for member in (first, *others)]
         whole = gathered(first.numel, pieces, first.p, first.shards)
         if whole is not None:
             p = parameters[names[position]]
@@ -116,14 +117,19 @@ def load_weights(model: nn.Module, optimizer: TrainableOptimizer, weights: Mappi
         tensor = weights.get(names[member.position])
         if tensor is None or tensor.numel() != member.numel:
             raise RuntimeError(f"There is no {names[member.position]!r} of {member.numel} weights to load.")
-        member.p.view(-1).copy_(tensor.view(-1)[_run(member)])
+        member.p.copy_(tensor.reshape(-1)[_run(member)].view_as(member.p))
     optimizer.forget_last_step()
     refresh_model(model, members)
 
 
 def named(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters by the names that they have without a wrapper."""
-    return {name.removeprefix("module.").replace("_orig_mod.", ""): p for name, p in model.named_parameters()}
+    """The parameters by the names that they have without a wrapper, around the model or around parts of it."""
+    parameters: dict[str, Tensor] = {
+        ".".join(part for part in name.split(".") if part not in WRAPPED): p for name, p in model.named_parameters()
+    }
+    while parameters and all(name.startswith("module.") for name in parameters):  # of DDP, or of DeepSpeed's engine
+        parameters = {name.removeprefix("module."): p for name, p in parameters.items()}
+    return parameters
 
 
 def _run(member: Member) -> slice:
@@ -138,7 +144,7 @@ class _Contents:
 
     def __init__(self, model: nn.Module, optimizer: TrainableOptimizer, weights: bool) -> None:
         self.values: dict[str, Tensor] = {}
-        self.after_loading: list[Callable[[], None]] = []
+        self.after_loading: list[Callable[[], Any]] = []
         names = optimizer.names(named(model))
         self.members = optimizer.held()
         for member in self.members:
@@ -157,13 +163,16 @@ class _Contents:
         runs = self.values.setdefault(key, Runs(member.numel, value))
         assert isinstance(runs, Runs)
         if value.numel():
-            runs.hold(_run(member).start, value.detach().view(-1))
+            flat = value.detach().reshape(-1)
+            runs.hold(_run(member).start, flat)
+            if not value.is_contiguous():  # then it is a copy
+                self.after_loading.append(lambda: value.copy_(flat.view_as(value)))
 
     def _add_int8(self, key: str, member: Member, codes: Tensor, exponents: Tensor) -> None:
-        first, flat = member.first or 0, codes.view(-1)
-        packed = pack(flat, exponents, first)
+        first = member.first or 0
+        packed = pack(codes.reshape(-1), exponents, first)
         self._add(key, member, packed)
-        self.after_loading.append(lambda: unpack_(flat, exponents, packed, first))
+        self.after_loading.append(lambda: unpack_(codes, exponents, packed, first))
 
     def _add_counter(self, key: str, name: str, value: Tensor, state: dict[str, Tensor]) -> None:
         count = self.values.setdefault(key, value.clone())

@@ -151,7 +151,7 @@ def pack(codes: Tensor, exponents: Tensor, first: int) -> Tensor:
 
 def unpack_(codes: Tensor, exponents: Tensor, packed: Tensor, first: int) -> None:
     """Write what `pack` made back into int8 state, of the same weights in any layout."""
-    codes.copy_(packed.to(torch.int8))
+    codes.copy_(packed.to(torch.int8).view_as(codes))
     own = (packed.int() >> 8) & 0xFF
     starts = torch.arange(len(exponents), device=packed.device) * BLOCK - first % BLOCK
     exponents.copy_(own[starts.clamp(min=0)])
