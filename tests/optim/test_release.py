@@ -106,6 +106,23 @@ def test_accumulated_gradients_step_once_with_the_last_pass(variant: str) -> Non
     assert torch.equal(flat(list(net.parameters())), flat(list(expected.parameters())))
 
 
+@pytest.mark.parametrize("missed", [0, 1])
+def test_a_weight_that_misses_a_pass_of_accumulation_is_refused(missed: int) -> None:
+    """Its step would come later than the others', on gradients of two steps. One that misses all passes is idle."""
+    net = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)])
+    first, last, idle = net
+    optimizer = OPTIMIZERS["diagonal"](net.parameters(), lr=0.02)
+    x = torch.ones(1, 2)
+    with release_gradients(net, optimizer, accumulation_steps=2):
+        for parts in ([first, last], [first, last], [idle, first, last], [last, idle, first]):
+            sum(part(x).sum() for part in parts).backward()
+        assert [optimizer.state[part.weight]["step"] for part in net] == [2, 2, 1]
+        for i in range(2):
+            sum(part(x).sum() for part in ([first] if i == missed else [first, last])).backward()
+        with pytest.raises(RuntimeError, match="accumulation_steps=2: 2 weights had a gradient in some of the passes"):
+            (first(x) + last(x)).sum().backward()
+
+
 def test_clipping_is_that_of_each_tensor_by_itself() -> None:
     """And differs from no clipping."""
     net = model()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from to_finetune.optim.blocks import is_group_wide
 from to_finetune.optim.optimizer import TrainableOptimizer
 from to_finetune.optim.stateful import Group
 
@@ -31,6 +32,8 @@ class release_gradients:
         model: the model whose parameters the optimizer holds.
         optimizer: a TO whose blocks are tensors.
         accumulation_steps: backward passes to a step; gradients are kept until the last of them, summed as torch does.
+            If above 1, a weight that has a gradient in one of them must have one in each, and checkpoints of
+            activations must not be reentrant.
         clip_tensor_norm: each tensor's gradient is clipped to this l2 norm by itself. The norm over all gradients,
             which `torch.nn.utils.clip_grad_norm_` takes, is not known before the last weight has moved, so this is
             another clipping, and clipping by the global norm does not exist here. None for none.
@@ -39,7 +42,8 @@ class release_gradients:
         ValueError: for an option of the optimizer that needs all gradients at once (`scope="group"` where it matters,
             `max_norm`, `skip_nonfinite`), a parameter that is not the model's, or a bad argument.
         RuntimeError: with several processes, unless the weights are FSDP2's: DDP averages gradients only after the
-            weights here would have moved. Checked again at every step.
+            weights here would have moved. Checked again at every step. And where a weight has had a gradient in some
+            of the passes to a step only, so that the others have moved without it.
     """
 
     def __init__(
@@ -66,7 +70,8 @@ class release_gradients:
         self._optimizer = optimizer
         self._accumulation_steps = accumulation_steps
         self._clip = clip_tensor_norm
-        self._passes: dict[Tensor, int] = {}
+        self._waiting: dict[Tensor, int] = {}  # for the last pass to their step, and the passes that they had
+        self._last_pass: int | None = None  # the backward pass in which weights have moved, of those to the last step
         self._handles = []
         for group_index, group in enumerate(optimizer.param_groups):
             for index, p in enumerate(group["params"]):
@@ -75,10 +80,8 @@ class release_gradients:
     def _hook(self, group_index: int, index: int) -> Callable[[Tensor], None]:
         def step(p: Tensor) -> None:
             _check_process(p)
-            self._passes[p] = self._passes.get(p, 0) + 1
-            if self._passes[p] < self._accumulation_steps:
+            if not self._is_last_pass(p):
                 return
-            self._passes[p] = 0
             assert p.grad is not None
             if self._clip is not None:
                 torch.nn.utils.clip_grad_norm_([p], self._clip)
@@ -86,6 +89,24 @@ class release_gradients:
             p.grad = None
 
         return step
+
+    def _is_last_pass(self, p: Tensor) -> bool:
+        """Count a gradient of p; whether it is the last one before its step."""
+        current = torch._C._current_graph_task_id()
+        if self._last_pass not in (None, current):
+            if self._waiting:
+                raise RuntimeError(
+                    f"accumulation_steps={self._accumulation_steps}: {len(self._waiting)} weights had a gradient in "
+                    "some of the passes to the last step only, and did not move with the others. Step after backward, "
+                    "or, if that is due to reentrant checkpoints, use those with use_reentrant=False."
+                )
+            self._last_pass = None
+        passes = self._waiting.pop(p, 0) + 1
+        if passes < self._accumulation_steps:
+            self._waiting[p] = passes
+            return False
+        self._last_pass = current
+        return True
 
     def remove(self) -> None:
         """Let the optimizer step by ``step()`` again. Gradients that are kept for accumulation stay in ``.grad``."""
@@ -106,7 +127,8 @@ def _check_group(group: Group, optimizer: TrainableOptimizer) -> None:
     for key in ("max_norm", "skip_nonfinite"):
         if group[key]:
             raise ValueError(f"{key}={group[key]!r} does not go with release_gradients: {NEEDS_ALL}.")
-    if group["scope"] == "group" and (type(optimizer).__name__ != "DiagonalTO" or group["relative_alpha"]):
+    is_full = optimizer.variant == "full" and group["scope"] == "group"
+    if is_full or is_group_wide(optimizer.variant, group):
         raise ValueError(f"scope='group' does not go with release_gradients: {NEEDS_ALL}. Use scope='tensor'.")
 
 
