@@ -103,3 +103,16 @@ def test_a_bfloat16_slope_is_the_slope_to_its_rounding(shape: tuple[int, ...], s
     state = optimizer.state[w]
     assert {state[name].dtype for name in (form(state) - {"pairs"}) | {"b"}} == {torch.bfloat16}
     torch.testing.assert_close(slope_matrix(state), book.state["A"], rtol=0.0, atol=0.05 * book.state["A"].abs().max())
+
+
+def test_corrections_too_small_for_bfloat16_add_up() -> None:
+    """In the matrix, which is rounded at random; to the nearest it would stop growing at 0.125, of 0.87."""
+    slopes = {}
+    for state_dtype in (torch.float32, torch.bfloat16):
+        w = torch.nn.Parameter(torch.ones(8))
+        optimizer = FullTO([w], lr=0.0, alpha=1e-4, beta=0.0, state_dtype=state_dtype)
+        for _ in range(1500):
+            step(optimizer, [w], [torch.full((8,), 5.0)])
+        slopes[state_dtype] = optimizer.state[w]["A"].float().mean().item()
+    assert slopes[torch.float32] > 0.4
+    assert slopes[torch.bfloat16] == pytest.approx(slopes[torch.float32], rel=0.02)

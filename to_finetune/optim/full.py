@@ -9,6 +9,7 @@ from to_finetune.optim import rules
 from to_finetune.optim.blocks import Part
 from to_finetune.optim.optimizer import TrainableOptimizer
 from to_finetune.optim.schedules import decoupled_decay
+from to_finetune.optim.state import random_bits, write_
 from to_finetune.optim.stateful import compute_dtype
 
 
@@ -69,7 +70,8 @@ class FullTO(TrainableOptimizer):
             relative_alpha=group["relative_alpha"],
         )
         if rates.alpha > 0:
-            _learn(slope, correction, w, group["state_dtype"] or flat_dtype)
+            dtype = group["state_dtype"] or flat_dtype
+            _learn(slope, correction, w, dtype, self._key(group, members[0]))
         new_w = new_w - decoupled_decay(group, rates) * w
         sizes = [p.numel() for p in block]
         parts = (x.split(sizes) for x in (new_w, b, G - g, g))
@@ -97,8 +99,11 @@ def _slope_times(slope: dict[str, Tensor], w: Tensor) -> Tensor:
     return torch.zeros_like(w)
 
 
-def _learn(slope: dict[str, Tensor], correction: Tensor, w: Tensor, dtype: torch.dtype) -> None:
-    """Take ``correction w^T`` from A: another row of the history, or the matrix once that is the smaller."""
+def _learn(slope: dict[str, Tensor], correction: Tensor, w: Tensor, dtype: torch.dtype, key: int | Tensor) -> None:
+    """Take ``correction w^T`` from A: another row of the history, or the matrix once that is the smaller.
+
+    The key is of the random bits with which a matrix of bfloat16 is rounded.
+    """
     n = w.numel()
     if "A" not in slope and "pairs" not in slope:
         slope["pairs"] = torch.tensor(0)
@@ -109,7 +114,12 @@ def _learn(slope: dict[str, Tensor], correction: Tensor, w: Tensor, dtype: torch
         for name in ("pairs", "corrections", "weights"):
             del slope[name]
     if "A" in slope:
-        slope["A"].addr_(correction.to(dtype), w.to(dtype), alpha=-1)
+        A = slope["A"]
+        if dtype == torch.bfloat16:
+            new = A.float().addr_(correction.float(), w.float(), alpha=-1)
+            write_(A, new, random_bits(A, key), len(FullTO.state_names) + 1)
+        else:
+            A.addr_(correction.to(dtype), w.to(dtype), alpha=-1)
         return
     row = int(slope["pairs"])
     if row == len(slope["weights"]):
