@@ -108,6 +108,27 @@ def test_ends_where_one_process_does(
         assert_same_weights(Run(0, others / name, None), alone[name], tolerance)
 
 
+@pytest.mark.parametrize("layout", ["fsdp2", "zero2", "zero3"])
+def test_an_optimizer_of_hugging_faces_trains_a_part_as_well(
+    layout: str, finetune: Callable[..., Run], llama: Path, alpaca: Path, tmp_path: Path
+) -> None:
+    """As one process does, also after a resume; the base is not in what it leaves."""
+    adamw = {"optim": "adamw_torch", "learning_rate": 1e-3}
+    parts = {"last": LAST_LAYER, "lora": {"unfrozen_parameters": None, "use_peft": True, "lora_dropout": 0}}
+    config = ROOT / "configs" / "accelerate" / f"{layout}.yaml"
+    for folder in ("whole", "resumed"):
+        each = []
+        for part, own in parts.items():
+            going_on = {} if folder == "whole" else {"resume_from_checkpoint": tmp_path / f"whole/{part}/checkpoint-2"}
+            each.append(flags(**own, **adamw, **going_on, output_dir=tmp_path / folder / part))
+        done = launch(config, 2, *flags(**options(llama, alpaca, 2)), RUNS=json.dumps(each))
+        assert done.returncode == 0, done.stderr
+    for part, own in parts.items():
+        alone = finetune(tmp_path / "alone" / part, **own, **adamw, **options(llama, alpaca, 1))
+        assert_same_run(Run(0, tmp_path / "whole" / part, None), alone)
+        assert_same_weights(Run(0, tmp_path / "resumed" / part, None), alone, 2e-5)
+
+
 def assert_only_the_trained_part_was_written(folder: Path, state_bytes: int) -> None:
     """4 bytes a trained weight and the state's, and 3 kB a tensor and process for names and places."""
     trained, tensors = LAYER_WEIGHTS, 9

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
@@ -26,7 +27,7 @@ from to_finetune.model.trained import (
     trained_tensors,
 )
 from to_finetune.optim import DiagonalTO, RankOneTO, TrainableOptimizer
-from to_finetune.optim.checkpoint import load_state, load_weights, save_state, whole_weights
+from to_finetune.optim.checkpoint import load_state, load_weights, named, save_state, whole_weights
 from to_finetune.training.arguments import TrainableOptimizerArguments
 from to_finetune.training.callbacks import ShortBackward
 from to_finetune.training.launch import check_clipping, check_layout
@@ -103,9 +104,20 @@ class TrainableOptimizerMixin(_Base):
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """The trained weights, named as they are saved; of sharded ones on process 0 alone, and all must call it."""
-        optimizer = self._by_name()
-        weights = whole_weights(self.model_wrapped, optimizer) if optimizer and self.is_sharded() else None
+        weights = self._whole_weights() if self.is_sharded() else None
         return trained_tensors(self.accelerator.unwrap_model(self.model), weights)
+
+    def _whole_weights(self) -> dict[str, Tensor]:
+        """The trained weights by the parameters' names, on process 0."""
+        if optimizer := self._by_name():
+            return whole_weights(self.model_wrapped, optimizer)
+        trained = {name: p for name, p in named(self.model_wrapped).items() if p.requires_grad}
+        weights = {}
+        for name, p in trained.items():
+            whole = whole_parameter(p)
+            if self.args.should_save:
+                weights[name] = whole.cpu()
+        return weights
 
     def _by_name(self) -> TrainableOptimizer | None:
         """The live optimizer, if its state is saved by the parameters' names; FullTO's and others' are not."""
@@ -113,11 +125,11 @@ class TrainableOptimizerMixin(_Base):
         return optimizer if isinstance(optimizer, (DiagonalTO, RankOneTO)) else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Hugging Face's; of sharded weights that a TO trains, those alone are gathered, one after the other."""
-        if not (self.is_sharded() and self._by_name()):
+        """Hugging Face's; of sharded weights those that train are gathered, alone and one after the other."""
+        if not (self.is_sharded() and (self._by_name() or self.is_partly_frozen())):
             super().save_model(output_dir, _internal_call)
             return
-        self._save(output_dir, self.trained_tensors())
+        self._save(output_dir, self._whole_weights())
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -129,7 +141,8 @@ class TrainableOptimizerMixin(_Base):
         if not self.args.should_save:  # Hugging Face calls this in every process
             return
         folder = str(output_dir or self.args.output_dir)
-        save_trained(self.accelerator.unwrap_model(self.model), folder, state_dict)
+        model = self.accelerator.unwrap_model(self.model)
+        save_trained(model, folder, trained_tensors(model, state_dict))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
@@ -171,7 +184,7 @@ class TrainableOptimizerMixin(_Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = str(resume_from_checkpoint)
-        if holds_trained(folder):
+        if self._loads_trained(folder):
             self._load_trained(folder)
         elif not (self.is_sharded() and os.path.isdir(os.path.join(folder, STATE_NAME))):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -190,10 +203,14 @@ class TrainableOptimizerMixin(_Base):
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
-        if holds_trained(best):
+        if self._loads_trained(best):
             self._load_trained(best)
         else:
             super()._load_best_model()
+
+    def _loads_trained(self, folder: str) -> bool:
+        """Whether the trained weights are taken from our file; shards that no TO holds from Hugging Face's."""
+        return holds_trained(folder) and (self._by_name() is not None or not self.is_sharded())
 
     def _load_trained(self, folder: str) -> None:
         optimizer = self._by_name() if self.is_sharded() else None
@@ -291,6 +308,18 @@ class TOSFTTrainer(TrainableOptimizerMixin, SFTTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._last_log = (time.perf_counter(), self._total_train_tokens)
         return super().train(*args, **kwargs)
+
+
+def whole_parameter(p: Tensor) -> Tensor:
+    """All of a parameter that FSDP2 or ZeRO-3 has taken apart; all processes must call it."""
+    if isinstance(p, DTensor):
+        return p.full_tensor().detach()
+    if hasattr(p, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([p]):
+            return p.detach().clone()
+    return p.detach()
 
 
 def filled_up(rows: Dataset, size: int) -> Dataset:
