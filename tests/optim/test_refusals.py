@@ -47,6 +47,10 @@ REFUSED: list[dict[str, Any]] = [
     {"state_dtype": torch.float16},
     {"scope": "layer"},
     {"foreach": True, "fused": True},
+    {"fused": "no"},
+    {"maximize": "no"},
+    {"relative_alpha": 0.5},
+    {"skip_nonfinite": None},
 ]
 
 

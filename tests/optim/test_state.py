@@ -274,6 +274,8 @@ def test_weights_that_are_not_contiguous_are_saved_by_name(
     steps(model, optimizer, 2)
     load_weights(other, fresh, dict(model.named_parameters()))
     assert torch.equal(model.weight, other.weight)
+    fresh.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert_same_bits(optimizer, list(model.parameters()), fresh, list(other.parameters()))  # type: ignore[arg-type]
 
 
 def test_names_are_those_without_any_wrapper() -> None:
@@ -294,3 +296,15 @@ def test_names_are_those_without_any_wrapper() -> None:
     wrapped["head"] = torch.compile(checkpoint_wrapper(wrapped["head"]))
     for whole in (wrapped, Engine(wrapped), torch.compile(Engine(wrapped)), Engine(torch.compile(wrapped))):  # type: ignore[arg-type]
         assert list(named(whole)) == names
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_weight_of_another_shape_than_its_state_is_refused(variant: str, fused: bool | None) -> None:
+    """Else the kernels would write where nothing is theirs."""
+    (p,) = make_weights([(16, 16)], torch.float32)
+    optimizer = OPTIMIZERS[variant]([p], fused=fused)
+    run(optimizer, [p], 1)
+    p.grad = None
+    p.data = torch.randn(300, 300)
+    with pytest.raises(RuntimeError):
+        run(optimizer, [p], 1)

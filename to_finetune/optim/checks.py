@@ -14,6 +14,7 @@ from to_finetune.optim.blocks import is_group_wide
 from to_finetune.optim.schedules import SCHEDULES
 from to_finetune.optim.sharding import Layout
 
+FLAGS = ("decoupled_weight_decay", "relative_alpha", "maximize", "skip_nonfinite", "capturable", "foreach", "fused")
 NUMBERS = ("lr", "alpha", "beta", "alpha_decay", "lr_decay", "t0", "gamma_max", "max_norm", "weight_decay")
 
 
@@ -24,6 +25,10 @@ def check_hyperparameters(group: Mapping[str, Any], state_dtypes: Sequence[torch
         if not ok:
             raise ValueError(f"{key}={group[key]!r} is not valid: {allowed}.")
 
+    for key in FLAGS:
+        optional = key in ("foreach", "fused")
+        allowed = "None, True or False" if optional else "True or False"
+        check(key, isinstance(group[key], bool) or (optional and group[key] is None), allowed)
     for key in NUMBERS:
         value = group[key]
         optional = value is None and key in ("gamma_max", "max_norm")

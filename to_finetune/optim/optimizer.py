@@ -78,7 +78,8 @@ class TrainableOptimizer(StatefulOptimizer):
             decoupled_weight_decay: shrink the weights by ``lr * weight_decay`` instead, as AdamW does.
             relative_alpha: (ours) alpha in units of the inverse of the block's own scale: ``mean(w^2)`` (Diagonal),
                 ``(v.w)^2 + ||u||^2 ||w||^2`` but no less than ``mean(w^2)`` (RankOne), ``||w||^2`` (Full). It then
-                means the same for small and for large weights.
+                means the same for small and for large weights. A step keeps the scale of the weights that it leaves
+                for the next one; call `forget_last_step` after a change through ``.data``, which torch does not count.
             grad_scale: (ours) "rms" divides each tensor's gradient by its own root mean square first, so that
                 lr, alpha and beta mean the same for every tensor and model. "factored" makes the rows of a matrix
                 weigh alike first, and its columns (`to_finetune.optim.factored`), in ``p.grad`` itself, as clipping
@@ -137,7 +138,7 @@ class TrainableOptimizer(StatefulOptimizer):
         super().__init__(params, defaults)
 
     def forget_last_step(self) -> None:
-        """Drop what is remembered of the last step; for whoever changes weights or state behind autograd's back."""
+        """Drop what is remembered of the last step; for whoever changes weights or state through ``.data``."""
         self._carried: dict[int, Carried] = {}  # by the position of a batch's first member
         self._prepared: Prepared | None = None  # where the next step may be like the last one
         self._skip: Tensor | None = None  # whether the last step was skipped, where that is asked for

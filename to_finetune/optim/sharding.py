@@ -218,9 +218,11 @@ def unpacked_state(layout: Layout, p: Tensor, state: Mapping[str, Any], names: S
             )
         packed = local(state[name]).reshape(-1)
         new = new_state(p, name, torch.int8, layout.exponents())
-        codes = local(new[name]).view(-1)
+        target = local(new[name])
+        codes = target.reshape(-1)
         for run, exponents in zip(layout.runs, layout.split(new[exponents_name(name)]), strict=True):
             unpack_(codes[run.here], exponents, packed[run.here], run.first or 0)
+        target.copy_(codes.view_as(target))  # which have memory of their own where it is not contiguous
         unpacked |= new
     return unpacked
 

@@ -87,7 +87,7 @@ class StatefulOptimizer(Optimizer, ABC):
 
     @abstractmethod
     def forget_last_step(self) -> None:
-        """Drop what is remembered of the last step; for whoever changes weights or state behind autograd's back."""
+        """Drop what is remembered of the last step; for whoever changes weights or state through ``.data``."""
 
     def state_dict(self) -> dict[str, Any]:
         """As of any torch optimizer; int8 state as int16, each number with its exponent, which any layout can load."""

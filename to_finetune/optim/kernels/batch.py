@@ -54,6 +54,13 @@ class Batch(Part):
     taken: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for p, state in zip(self.params, self.states, strict=True):
+            for name in self.names:
+                if state[name].numel() != p.numel():
+                    raise RuntimeError(
+                        f"A weight has the shape {tuple(p.shape)}, its state {name!r} {tuple(state[name].shape)}: it "
+                        "was given another shape after its first step. Give the optimizer the new one."
+                    )
         self.places = self._find()
         self._alignment = reduce(operator.or_, chain.from_iterable(self.places[: 1 + len(self.names)]))
         unused = [0] * len(self.members)
