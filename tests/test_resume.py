@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 from to_finetune.errors import RunError, UsageError
@@ -111,6 +113,95 @@ def test_the_time_before_a_resume_counts(finetune: Finetune, tmp_path: Path) -> 
     assert finetune(tmp_path / "again", **options).record["results"]["train_seconds"] < 5000
 
 
+def test_the_losses_before_a_resume_count(finetune: Finetune, tmp_path: Path) -> None:
+    """Also those since the last log, and a step of an epoch's end."""
+    options: dict[str, Any] = {"logging_steps": 7, "max_steps": STEPS}
+    whole = finetune(tmp_path / "whole", **options)
+    interrupted(finetune, tmp_path / "parts", signal.SIGTERM, logging_steps=7)
+    again = finetune(tmp_path / "parts", resume_from_checkpoint=True, **options)
+    wanted = whole.record["results"]["train_loss_mean"]
+    assert again.record["results"]["train_loss_mean"] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_what_a_step_takes_must_be_as_it_was(
+    finetune: Finetune, stopped: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else rows would be skipped, or seen twice; the batch of a process may be another."""
+    folder = tmp_path / "run"
+    shutil.copytree(stopped.folder, folder)
+    options: dict[str, Any] = {"max_steps": STEPS, "resume_from_checkpoint": True}
+    assert finetune(folder, gradient_accumulation_steps=2, **options).code == 2
+    assert "had 4 rows a step (batch size x accumulation x processes), now 8." in capsys.readouterr().err
+    halves = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert finetune(folder, **halves, **options).code == 0
+
+
+def test_a_checkpoint_of_the_weights_alone_is_not_gone_on_from(
+    finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune(tmp_path / "run", save_only_model=True, save_strategy="steps", save_steps=2)
+    assert finetune(tmp_path / "run", max_steps=STEPS, resume_from_checkpoint=True).code == 2
+    assert "checkpoint-4' cannot be gone on from: it has no optimizer's state" in capsys.readouterr().err
+
+
+def test_an_earlier_checkpoint_is_not_gone_on_from_beside_later_ones(
+    finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The next resume would take the last of them, which is of the run that was left."""
+    options = {"save_strategy": "steps", "save_steps": 2}
+    run = finetune(tmp_path / "run", **options)
+    early = {"resume_from_checkpoint": run.folder / "checkpoint-2", **options}
+    assert finetune(run.folder, **early).code == 2
+    assert f"holds a later one, '{run.folder}/checkpoint-4'" in capsys.readouterr().err
+    shutil.rmtree(run.folder / "checkpoint-4")
+    assert finetune(run.folder, **early).code == 0
+
+
+def test_a_subsets_file_that_has_changed_is_noticed(
+    finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run's config.yaml has what stood in it."""
+    subset = tmp_path / "subset.yaml"
+    subset.write_text("unfrozen_parameters:\n- layers\\.3\\.\n")
+    options: dict[str, Any] = {"unfrozen_parameters": [str(subset)]}
+    run = interrupted(finetune, tmp_path / "run", signal.SIGTERM, **options)
+    assert yaml.safe_load((run.folder / "config.yaml").read_text())["unfrozen_parameters"] == [r"layers\.3\."]
+    subset.write_text("unfrozen_parameters:\n- layers\\.2\\.\n")
+    assert finetune(run.folder, max_steps=STEPS, resume_from_checkpoint=True, **options).code == 2
+    assert "had unfrozen_parameters=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["scheduler.pt", "to_state/__0_0.distcp", "to_state/.metadata"])
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_damaged_checkpoint_is_said_to_be_one(
+    finetune: Finetune, stopped: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, damage: str
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(stopped.folder, folder)
+    file = folder / "checkpoint-4" / name
+    half = file.read_bytes()[:100]
+    file.unlink()
+    if damage == "cut":
+        file.write_bytes(half)
+    assert finetune(folder, max_steps=STEPS, resume_from_checkpoint=True).code == 1
+    assert f"{folder}/checkpoint-4 cannot be gone on from, it is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["prepare_data", "finish"])
+def test_a_signal_outside_the_training_ends_the_run_and_its_record(
+    finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals, where: str
+) -> None:
+    with mock.patch(f"to_finetune.finetune.{where}", side_effect=lambda *_: os.kill(os.getpid(), number)):
+        run = finetune(tmp_path / "run")
+    assert run.code == 128 + number
+    assert f"{number.name}: stopped at once" in capsys.readouterr().err
+    if where == "finish":
+        assert run.record["status"] == "interrupted"
+    else:
+        assert not run.folder.exists()
+
+
 class SignalInEvaluation(StopOnNonFinite):
     """SIGTERM while the held-out rows are evaluated after the last step."""
 
@@ -145,7 +236,8 @@ def test_a_folder_without_an_optimizers_state_is_no_checkpoint(
     """It would begin anew, with a fresh optimizer, and not say so."""
     assert finetune(tmp_path / "new", resume_from_checkpoint=stopped.folder).code == 2
     said = capsys.readouterr().err
-    assert f"is no checkpoint: it has no optimizer's state. Did you mean '{stopped.folder}/checkpoint-4'?" in said
+    assert "cannot be gone on from: it has no optimizer's state" in said
+    assert f"Did you mean '{stopped.folder}/checkpoint-4'?" in said
 
 
 def test_another_runs_checkpoint_is_asked_what_it_was_made_with(
@@ -164,9 +256,8 @@ def test_another_runs_checkpoint_is_asked_what_it_was_made_with(
 
 
 def test_a_second_signal_stops_at_once(finetune: Finetune, tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        interrupted(finetune, tmp_path / "run", signal.SIGINT, signal.SIGINT)
-    assert Run(1, tmp_path / "run", None).record["status"] == "failed"
+    run = interrupted(finetune, tmp_path / "run", signal.SIGINT, signal.SIGINT)
+    assert (run.code, run.record["status"], run.record["checkpoint"]) == (130, "interrupted", None)
     assert not list(tmp_path.rglob("trained.safetensors"))
 
 
@@ -212,10 +303,10 @@ def test_one_value_may_stand_as_a_list_or_in_quotes(tmp_path: Path) -> None:
     )
     now = {"dataset_name": ["rows.jsonl"], "dataset_weights": [1.0], "seed": 42, "max_length": None}
     now |= {"optim_args": {"beta": 0.2, "alpha": 0.1}, "per_device_train_batch_size": 4}
-    RunRecord(str(tmp_path), now).check_folder(str(tmp_path / "checkpoint-2"))
+    RunRecord(str(tmp_path), now, 8).check_folder(str(tmp_path / "checkpoint-2"))
     for other in ({"dataset_name": ["rows.jsonl", "more.jsonl"]}, {"optim_args": {"alpha": 0.1}}, {"max_length": 9}):
         with pytest.raises(UsageError, match=f"had {next(iter(other))}="):
-            RunRecord(str(tmp_path), now | other).check_folder(str(tmp_path / "checkpoint-2"))
+            RunRecord(str(tmp_path), now | other, 8).check_folder(str(tmp_path / "checkpoint-2"))
 
 
 def test_a_folder_with_a_run_is_refused(finetune: Finetune, stopped: Run, capsys: pytest.CaptureFixture[str]) -> None:

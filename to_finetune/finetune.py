@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,15 @@ from to_finetune.training.arguments import (
     parse_arguments,
     resolved_config,
 )
-from to_finetune.training.callbacks import SaveOnSignal, StopOnNonFinite, TerminalLines, TerminalProgress, WholeRuntime
+from to_finetune.training.callbacks import (
+    LogBeforeSave,
+    SaveOnSignal,
+    StopOnNonFinite,
+    TerminalLines,
+    TerminalProgress,
+    WholeRuntime,
+    sigterm_interrupts,
+)
 from to_finetune.training.launch import check_processes
 from to_finetune.training.memory import RunMemory
 from to_finetune.training.prepare import data_report, prepare_data, prepare_model, prepare_trainer, settle_learning_rate
@@ -44,7 +53,12 @@ from to_finetune.training.trainer import TOSFTTrainer
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `finetune.py`; returns its exit code: 0 done, 1 a failed run, 2 bad usage, 128 + n stopped by signal n."""
     try:
-        return finetune(*parse_arguments(argv))
+        with sigterm_interrupts():
+            return finetune(*parse_arguments(argv))
+    except KeyboardInterrupt as interrupt:
+        number = interrupt.args[0] if interrupt.args else signal.SIGINT
+        print(f"{number.name}: stopped at once; checkpoints that are there are kept.", file=sys.stderr)
+        return 128 + number
     except (UsageError, RunError) as error:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # each machine has its own files, and errors
             Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), f" {error}"))
@@ -67,7 +81,8 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
         check_push(args.hub_model_id or Path(args.output_dir).name, args.hub_token)
     settle_learning_rate(model_args, args)
     resume = resume_point(args.resume_from_checkpoint, args.output_dir)
-    record = RunRecord(args.output_dir, resolved_config(model_args, data_args, args))
+    rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    record = RunRecord(args.output_dir, resolved_config(model_args, data_args, args), rows_a_step)
     record.check_folder(resume)
     args.distributed_state.wait_for_everyone()  # all have looked before the first one writes
     console.rule(f"to_finetune  {args.optim}  {args.world_size} process(es) on {args.device.type}", align="left")
@@ -96,7 +111,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     for hf_callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(hf_callback)
     progress = TerminalProgress() if sys.stderr.isatty() else TerminalLines()
-    for callback in (progress, StopOnNonFinite(), signals, memory, WholeRuntime()):
+    for callback in (progress, StopOnNonFinite(), signals, LogBeforeSave(), memory, WholeRuntime()):
         trainer.add_callback(callback)
     samples = SampleAnswers(trainer, record.folder)
     trainer.add_callback(SlopeTrace(record.folder))
@@ -113,7 +128,10 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
         if args.should_save:
             samples.take("after")
     except BaseException as error:
-        conclude(trainer, record, status="failed", error=f"{type(error).__name__}: {error}")
+        if isinstance(error, KeyboardInterrupt):
+            conclude(trainer, record, status="interrupted", checkpoint=last_checkpoint(str(record.folder)))
+        else:
+            conclude(trainer, record, status="failed", error=f"{type(error).__name__}: {error}")
         raise
     finally:
         signals.restore()
@@ -138,7 +156,7 @@ def finish(trainer: TOSFTTrainer, args: FinetuneArguments) -> dict[str, Any]:
             trainer.engagement.proofs["saved_bytes_read_back"] = check_saved(trained, args.output_dir)
     was_loaded = args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
     saved_step = trainer.state.best_global_step if was_loaded else None
-    return {**summarise(history, saved_step), "processes": args.world_size}
+    return summarise(history, saved_step)
 
 
 def conclude(trainer: TOSFTTrainer, record: RunRecord, **outcome: Any) -> None:
@@ -147,7 +165,8 @@ def conclude(trainer: TOSFTTrainer, record: RunRecord, **outcome: Any) -> None:
         return
     history = trainer.state.log_history
     trainer.save_state()
-    record.update(**{"results": summarise(history), "proofs": trainer.engagement.proofs, **outcome})
+    results = {**outcome.pop("results", summarise(history)), "processes": trainer.args.world_size}
+    record.update(results=results, proofs=trainer.engagement.proofs, **outcome)
     plot_losses({trainer.args.optim: history}, record.folder / "loss.png", title=str(record.folder))
     write_report([record.folder], record.folder / "report.html")
 

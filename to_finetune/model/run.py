@@ -43,7 +43,8 @@ def read_run(name: str) -> FinetunedRun | None:
         UsageError: for a run that has not saved its weights yet, and a record that is damaged.
     """
     folder = Path(name)
-    home = folder.parent if folder.name.startswith("checkpoint-") else folder
+    whole = folder.resolve()
+    home = whole.parent if whole.name.startswith("checkpoint-") else folder
     part: Any = next((part for part, file in PARTS.items() if (folder / file).is_file()), None)
     is_run = (home / "run.json").is_file()
     if part is None and is_run:

@@ -49,10 +49,19 @@ def chosen_patterns(
         other = "unfrozen_last_layers" if last is not None else "unfrozen_modules"
         raise UsageError(f"unfrozen_parameters and {other} both say what trains: use one way.")
     if parameters is not None:
-        return [p for word in parameters for p in (read_yaml(word) if word.endswith((".yaml", ".yml")) else [word])]
+        return listed(parameters)
     if types is not None:
         return modules(sizes, types, last)
     return last_layers(sizes, last) if last is not None else None
+
+
+def listed(words: Sequence[str]) -> list[str]:
+    """The regular expressions of `unfrozen_parameters`, with those that a YAML file lists in the place of its name.
+
+    Raises:
+        UsageError: as `read_yaml`.
+    """
+    return [p for word in words for p in (read_yaml(word) if word.endswith((".yaml", ".yml")) else [word])]
 
 
 def last_layers(sizes: Mapping[str, int], n: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from argparse import ArgumentError
 from collections.abc import Collection, Sequence
@@ -17,7 +18,7 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig, TrlParser
 
 from to_finetune.errors import UsageError, did_you_mean
-from to_finetune.model.select import chosen_patterns
+from to_finetune.model.select import chosen_patterns, listed
 from to_finetune.training.optimizers import (
     OPTIMIZERS,
     check_options,
@@ -130,6 +131,11 @@ class DataArguments:
         },
     )
 
+    def __post_init__(self) -> None:
+        size = self.val_set_size
+        if not 0 <= size < math.inf or (size > 1 and size != int(size)):
+            raise UsageError(f"val_set_size={size:g} is not valid: a number of rows, or a share below 1.")
+
 
 @dataclass
 class TrainableOptimizerArguments:
@@ -148,8 +154,8 @@ class TrainableOptimizerArguments:
     max_grad_norm: float | None = field(
         default=None,
         metadata={
-            "help": "Clip the gradient to this norm. Default: 1.0, but 0 (off) for a TO with grad_scale='rms', "
-            "which undoes any clipping."
+            "help": "Clip the gradient to this norm. Default: 1.0, but 0 (off) for a TO with a grad_scale, which "
+            "undoes any clipping."
         },
     )
 
@@ -168,7 +174,8 @@ class TrainableOptimizerArguments:
         if name in OPTIMIZERS:
             options = self.to_options
             scaled = options.get("grad_scale") is not None
-            check_options(name, options, self.learning_rate or 0.0)
+            decay = self.weight_decay  # type: ignore[attr-defined]
+            check_options(name, {**options, "weight_decay": decay}, self.learning_rate or 0.0)
         elif isinstance(self.optim_args, dict):
             self.optim_args = ",".join(f"{key}={value}" for key, value in parse_optim_args(self.optim_args).items())
         if self.learning_rate is None and name not in OPTIMIZERS:  # theirs is set once the model is known
@@ -217,6 +224,9 @@ class FinetuneArguments(TrainableOptimizerArguments, SFTConfig):
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 1:
             raise UsageError(f"max_length={self.max_length} is not valid: at least 1.")
+        if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
+            key = "num_train_epochs" if self.max_steps else "max_steps"
+            raise UsageError(f"{key}={getattr(self, key)} is not valid: it trains nothing.")
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else torchrun's processes would each run alone
         if self.bf16 is None:
@@ -365,6 +375,8 @@ def resolved_config(model: ModelArguments, data: DataArguments, training: Finetu
     }
     for key in (*SECRETS, "resume_from_checkpoint"):  # which is no part of what is repeated
         config.pop(key, None)
+    if model.unfrozen_parameters is not None:
+        config["unfrozen_parameters"] = listed(model.unfrozen_parameters)  # a file may be another one tomorrow
     if training.optim in OPTIMIZERS:
         config["optim_args"] = {
             key: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -74,6 +77,15 @@ class ShortBackward(TrainerCallback):
             kwargs["model"].disable_input_require_grads()
 
 
+class LogBeforeSave(TrainerCallback):
+    """Logs the loss whenever a checkpoint is saved: a resumed run does not know the steps since the last log."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_log = control.should_log or control.should_save
+
+    on_epoch_end = on_step_end
+
+
 class WholeRuntime(TrainerCallback, ExportableState):
     """Makes the log's ``train_runtime`` that of the whole run: its seconds before a resume count as well."""
 
@@ -117,8 +129,25 @@ class StopOnNonFinite(TrainerCallback):
             if not math.isfinite(value):
                 raise RunError(
                     f"{key} is {value} at step {state.global_step}: the run has diverged. Lower --learning_rate "
-                    "or alpha; the last checkpoint before it is still good."
+                    "or alpha. A checkpoint that was saved before it is still good."
                 )
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does: what is begun is ended, and its record says so."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(signal.Signals(number))
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class SaveOnSignal(TrainerCallback):

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -125,8 +125,11 @@ def check_processes(running: int) -> None:
     Raises:
         UsageError: with the command that starts them.
     """
-    parent = psutil.Process().parent()
-    asked = processes_asked_for(parent.cmdline() if parent else [])
+    command: list[str] = []
+    with suppress(psutil.Error):  # another user's process may not be looked at
+        parent = psutil.Process().parent()
+        command = parent.cmdline() if parent else []
+    asked = processes_asked_for(command)
     if asked is not None and asked > running:
         raise UsageError(
             f"accelerate launch was asked for {asked} processes, but {running} runs: on the CPU it starts only one. "

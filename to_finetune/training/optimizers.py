@@ -110,7 +110,7 @@ def check_options(name: str, options: Mapping[str, Any], learning_rate: float) -
     try:
         OPTIMIZERS[name]([torch.zeros(1)], lr=learning_rate, **options)
     except (ValueError, TypeError) as error:
-        raise UsageError(f"optim_args of {name}: {error}") from None
+        raise UsageError(f"{name}: {error}") from None
 
 
 def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:

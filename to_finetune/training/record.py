@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
@@ -39,20 +40,34 @@ MUST_AGREE = (
     "optim_args",
     "learning_rate",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "warmup_steps",
+    "warmup_ratio",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
     "weight_decay",
     "max_grad_norm",
     "dtype",
+    "loss_type",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
     "completion_only_loss",
     "assistant_only_loss",
+    "chat_template_path",
+    "eos_token",
     "dataset_name",
     "dataset_weights",
     "dataset_streaming",
     "dataset_config",
     "dataset_train_split",
+    "dataset_text_field",
     "val_set_size",
     "max_length",
+    "truncation_mode",
     "packing",
+    "packing_strategy",
+    "shuffle_dataset",
     "seed",
     "data_seed",
 )
@@ -64,12 +79,13 @@ OPTIMIZER_STATES = ("to_state", "optimizer.pt", "optimizer.bin", "latest")  # ou
 class RunRecord:
     """The folder of one run. Both files are written beside and renamed, so that neither is ever half there."""
 
-    def __init__(self, folder: str, config: dict[str, Any]) -> None:
+    def __init__(self, folder: str, config: dict[str, Any], rows_a_step: int) -> None:
         self.folder = Path(folder)
         self.values: dict[str, Any] = {
             "status": "running",
             "command": shlex.join(without_secrets(sys.argv)),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "rows_a_step": rows_a_step,
             **machine(),
         }
         self.config = config
@@ -80,6 +96,8 @@ class RunRecord:
         Raises:
             UsageError: naming the folder, or the keys that differ.
         """
+        if not self.folder.name:
+            raise UsageError(f"output_dir={str(self.folder)!r} is not valid: give the run a folder of its own.")
         check_place("output_dir", self.folder / "run.json")
         resumed = self.folder if resume is None else Path(resume).resolve().parent
         is_another = resume is None or resumed != self.folder.resolve()
@@ -89,15 +107,27 @@ class RunRecord:
             raise UsageError(f"output_dir={str(self.folder)!r} holds another run. Choose a new folder{go_on}.")
         if resume is None:
             return
+        last = last_checkpoint(str(self.folder))
+        if not is_another and last is not None and step_of(last) > step_of(resume):
+            raise UsageError(
+                f"resume_from_checkpoint={resume!r}: {str(self.folder)!r} holds a later one, {last!r}. Resume from that "
+                "one, delete what is later, or choose a new output_dir."
+            )
         saved = resumed / "config.yaml"
         if saved.exists():
             before = yaml.safe_load(saved.read_text(encoding="utf-8"))
-            differing = [key for key in MUST_AGREE if _words(before.get(key)) != _words(self.config.get(key))]
+            differing = [
+                f"{key}={before.get(key)!r}, now {self.config.get(key)!r}"
+                for key in MUST_AGREE
+                if _words(before.get(key)) != _words(self.config.get(key))
+            ]
+            rows, now = _rows_a_step(resumed), self.values["rows_a_step"]
+            if rows not in (None, now):
+                differing.append(f"{rows} rows a step (batch size x accumulation x processes), now {now}")
             if differing:
                 raise UsageError(
-                    f"resume_from_checkpoint: the run in {str(resumed)!r} had "
-                    + ", ".join(f"{key}={before.get(key)!r}, now {self.config.get(key)!r}" for key in differing)
-                    + ". Resume with the same settings, or start a new run."
+                    f"resume_from_checkpoint: the run in {str(resumed)!r} had {', '.join(differing)}. Resume with the "
+                    "same settings, or start a new run."
                 )
 
     def begin(self) -> None:
@@ -110,6 +140,13 @@ class RunRecord:
         """Add to run.json."""
         self.values.update(values)
         write_whole(self.folder / "run.json", json.dumps(self.values, indent=2, ensure_ascii=False) + "\n")
+
+
+def _rows_a_step(folder: Path) -> int | None:
+    """Those that a run.json tells of."""
+    with suppress(OSError, ValueError):
+        return json.loads((folder / "run.json").read_text(encoding="utf-8")).get("rows_a_step")
+    return None
 
 
 def _words(value: Any) -> list[Any]:
@@ -133,20 +170,25 @@ def resume_point(asked: str | None, output_dir: str) -> str | None:
     word = str(asked).lower()
     last = last_checkpoint(output_dir)
     if was_restarted() and last is not None:
-        return last
-    if word in ("none", "false"):
+        chosen = last
+    elif word in ("none", "false"):
         return None
-    if word != "true":
+    elif word == "true":
+        if last is None:
+            raise UsageError(f"resume_from_checkpoint={asked!r}: there is no checkpoint in {output_dir!r}.")
+        chosen = last
+    else:
         if not os.path.isdir(str(asked)):
             raise UsageError(f"resume_from_checkpoint={asked!r}: no such folder. 'true' takes the last checkpoint.")
-        if not any(Path(str(asked), name).exists() for name in OPTIMIZER_STATES):
-            near = last_checkpoint(str(asked))
-            hint = f" Did you mean {near!r}?" if near else ""
-            raise UsageError(f"resume_from_checkpoint={asked!r} is no checkpoint: it has no optimizer's state.{hint}")
-        return asked
-    if last is None:
-        raise UsageError(f"resume_from_checkpoint={asked!r}: there is no checkpoint in {output_dir!r}.")
-    return last
+        chosen = str(asked)
+    if not any(Path(chosen, name).exists() for name in OPTIMIZER_STATES):
+        near = last_checkpoint(chosen)
+        hint = f" Did you mean {near!r}?" if near else ""
+        raise UsageError(
+            f"resume_from_checkpoint={chosen!r} cannot be gone on from: it has no optimizer's state, as after "
+            f"--save_only_model true.{hint}"
+        )
+    return chosen
 
 
 def last_checkpoint(output_dir: str) -> str | None:
@@ -155,12 +197,18 @@ def last_checkpoint(output_dir: str) -> str | None:
     for file in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"):
         with suppress(ValueError):  # half a file, or a folder of another name
             json.loads(file.read_text(encoding="utf-8"))
-            steps[int(file.parent.name.rpartition("-")[2])] = file.parent
+            steps[step_of(file.parent)] = file.parent
     return str(steps[max(steps)]) if steps else None
 
 
+def step_of(checkpoint: str | Path) -> int:
+    """The step after which a checkpoint was written, by its folder's name."""
+    number = Path(checkpoint).name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else 0
+
+
 def summarise(history: Sequence[Mapping[str, Any]], saved_step: int | None = None) -> dict[str, Any]:
-    """What a Trainer's ``state.log_history`` comes to; losses in nats a token.
+    """What a Trainer's ``state.log_history`` comes to; losses in nats a token. None for what is not finite.
 
     Args:
         history: of the run.
@@ -174,10 +222,11 @@ def summarise(history: Sequence[Mapping[str, Any]], saved_step: int | None = Non
     def last(key: str, step: int | None = None) -> Any:
         return next((row[key] for row in reversed(history) if key in row and step in (None, row["step"])), None)
 
-    return {
+    found = {
         "steps": last("step"),
         "train_loss_mean": sum(map(mul, losses, steps)) / sum(steps) if losses else last("train_loss"),
         "train_loss_first_fifth": sum(first) / len(first) if first else None,
         "eval_loss": last("eval_loss", saved_step),
         "train_seconds": last("train_runtime"),
     }
+    return {key: None if value is None or not math.isfinite(value) else value for key, value in found.items()}

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
+from pickle import UnpicklingError
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
@@ -17,6 +22,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
 from trl import SFTTrainer
 
 from to_finetune.data.preview import IGNORED
+from to_finetune.errors import RunError
 from to_finetune.model.trained import (
     check_finite,
     holds_trained,
@@ -58,7 +64,8 @@ class TrainableOptimizerMixin(_Base):
         super().__init__(*args, **kwargs)
         if self.args.learning_rate is None:
             self.args.learning_rate = recommended_learning_rate(self.model)
-        expected, _ = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        given = getattr(self, "optimizer_cls_and_kwargs", None)
+        expected, _ = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
         is_class = isinstance(expected, type) and issubclass(expected, Optimizer)
         check_layout(self.args, self.accelerator.state, self.is_sharded(), self.optimizer)
         self.engagement = EngagementProofs(expected if is_class else None)
@@ -136,7 +143,8 @@ class TrainableOptimizerMixin(_Base):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.is_partly_frozen():
             check_finite(dict(self.model.named_parameters()) if state_dict is None else state_dict)
-            super()._save(output_dir, state_dict)
+            with without_token(self.args):
+                super()._save(output_dir, state_dict)
             return
         if not self.args.should_save:  # Hugging Face calls this in every process
             return
@@ -145,7 +153,8 @@ class TrainableOptimizerMixin(_Base):
         save_trained(model, folder, trained_tensors(model, state_dict))
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
-        torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+        with without_token(self.args):
+            torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """State by the parameters' names, which any layout reads; Hugging Face's files for other optimizers."""
@@ -192,12 +201,19 @@ class TrainableOptimizerMixin(_Base):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         state = os.path.join(str(checkpoint), STATE_NAME)
         optimizer = self._by_name()
-        if checkpoint is None or optimizer is None or not os.path.isdir(state):
+        if checkpoint is None or (optimizer is None and not os.path.isdir(state)):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        load_state(self.model_wrapped, optimizer, state, weights=not self.is_partly_frozen())
+        if optimizer is None or not os.path.isdir(state):
+            live = type(unwrapped(self.optimizer)).__name__
+            raise RunError(f"{checkpoint} holds no state of {live}'s, which would begin anew in the middle of the run.")
         assert self.lr_scheduler is not None
-        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+        try:
+            load_state(self.model_wrapped, optimizer, state, weights=not self.is_partly_frozen())
+            self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+        except (RuntimeError, OSError, CheckpointException, UnpicklingError) as error:
+            reason = shorten(str(error), 300)
+            raise RunError(f"{checkpoint} cannot be gone on from, it is damaged or another run's: {reason}") from error
         for group, lr in zip(optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
 
@@ -308,6 +324,16 @@ class TOSFTTrainer(TrainableOptimizerMixin, SFTTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._last_log = (time.perf_counter(), self._total_train_tokens)
         return super().train(*args, **kwargs)
+
+
+@contextmanager
+def without_token(args: TrainingArguments) -> Iterator[None]:
+    """While they are written to a file that is handed on with the weights."""
+    token, args.hub_token = args.hub_token, None
+    try:
+        yield
+    finally:
+        args.hub_token = token
 
 
 def whole_parameter(p: Tensor) -> Tensor:
