@@ -20,7 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from to_finetune.errors import UsageError
+from to_finetune.errors import RunError, UsageError
 from to_finetune.model import select_trainable
 from to_finetune.optim import DiagonalTO, FullTO, RankOneTO
 from to_finetune.training import FinetuneArguments, TOTrainer, TOTrainingArguments
@@ -165,6 +165,56 @@ def test_embeddings_and_the_head_are_scaled_by_their_own_size_alone(
     assert all(p.dim() == 1 for p in vectors["params"])
     stepped = [p for group in optimizer.param_groups for p in group["params"]]
     assert len(stepped) == len(set(stepped)) == len(list(everything.parameters()))
+
+
+def test_adapters_of_embeddings_and_the_head_are_apart_too(model: PreTrainedModel, tmp_path: Path) -> None:
+    """And a copy of the head that peft trains whole."""
+    model.requires_grad_(True)
+    for own in ({"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, {"modules_to_save": ["lm_head"]}):
+        adapted = get_peft_model(model, LoraConfig(**{"target_modules": ["q_proj"], **own}))  # type: ignore[arg-type]
+        trainer = TOTrainer(adapted, arguments(TOTrainingArguments, tmp_path), train_dataset=rows())
+        names = {p: name for name, p in adapted.named_parameters()}
+        for group in unwrapped(trainer.create_optimizer()).param_groups:
+            kinds = {"q_proj" not in names[p] for p in group["params"]}
+            assert kinds <= {group["grad_scale"] == "rms"}
+        assert sum("q_proj" not in name for p, name in names.items() if p.requires_grad) >= 1
+        model = adapted.unload()
+
+
+def test_a_class_of_ones_own_is_the_one_that_is_proved(model: PreTrainedModel, tmp_path: Path) -> None:
+    """The way that is left under DeepSpeed, whatever `optim` says."""
+    args = arguments(TOTrainingArguments, tmp_path)
+    door = (RankOneTO, {"lr": LR, **OPTIONS})
+    trainer = TOTrainer(model, args, train_dataset=rows(), optimizer_cls_and_kwargs=door)
+    trainer.train()
+    assert trainer.engagement.proofs["live_optimizer"] == "RankOneTO"
+
+
+@pytest.mark.parametrize(("saved_by", "resumed_by"), [("diagonal_to", "adamw_torch"), ("adamw_torch", "diagonal_to")])
+def test_another_optimizers_checkpoint_is_refused(
+    model: PreTrainedModel, tmp_path: Path, saved_by: str, resumed_by: str
+) -> None:
+    """It would begin anew in the middle of the run."""
+    options = {"save_strategy": "steps", "save_steps": 2, "learning_rate": LR}
+    TOTrainer(model, arguments(TOTrainingArguments, tmp_path, optim=saved_by, **options), train_dataset=rows()).train()
+    args = arguments(TOTrainingArguments, tmp_path, optim=resumed_by, **options)
+    with pytest.raises(RunError, match=r"holds no state of (AdamW|DiagonalTO)'s"):
+        TOTrainer(model, args, train_dataset=rows()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("part", [True, False])
+def test_no_token_is_written(llama: Path, tmp_path: Path, part: bool) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    if part:
+        select_trainable(model, [r"layers\.3\."])
+    args = arguments(TOTrainingArguments, tmp_path, hub_token="hf_secret", save_strategy="steps", save_steps=STEPS)
+    trainer = TOTrainer(model, args, train_dataset=rows())
+    trainer.train()
+    trainer.save_model()
+    written = [file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()]
+    assert any(b"hub_token" in content for content in written)
+    assert not any(b"hf_secret" in content for content in written)
+    assert args.hub_token == "hf_secret"
 
 
 @pytest.mark.parametrize("optim_args", [None, "grad_scale=rms"])

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -58,14 +59,15 @@ def recommended_learning_rate(model: nn.Module) -> float:
 
 
 def with_embeddings_apart(optimizer: TrainableOptimizer, model: nn.Module) -> TrainableOptimizer:
-    """The same, new one, but for embeddings and output heads with "rms" where `grad_scale` is "factored".
+    """The same, new one, but for embeddings, output heads and their adapters with "rms" in the place of "factored".
 
     A batch has few of a vocabulary's tokens. Were all rows to weigh alike, those of the others would move as far.
     """
-    modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    if isinstance(model, PreTrainedModel) and (head := model.get_output_embeddings()) is not None:
+    modules = [m for m in model.modules() if isinstance(getattr(m, "base_layer", m), nn.Embedding)]  # adapted or not
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(base, PreTrainedModel) and (head := base.get_output_embeddings()) is not None:
         modules.append(head)
-    embeddings = {p for module in modules for p in module.parameters(recurse=False)}
+    embeddings = {p for module in modules for p in module.parameters()}
     groups = []
     for group in optimizer.param_groups:
         if group["grad_scale"] != "factored":

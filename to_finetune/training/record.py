@@ -110,8 +110,8 @@ class RunRecord:
         last = last_checkpoint(str(self.folder))
         if not is_another and last is not None and step_of(last) > step_of(resume):
             raise UsageError(
-                f"resume_from_checkpoint={resume!r}: {str(self.folder)!r} holds a later one, {last!r}. Resume from that "
-                "one, delete what is later, or choose a new output_dir."
+                f"resume_from_checkpoint={resume!r}: {str(self.folder)!r} holds a later one, {last!r}. Resume from "
+                "that one, delete what is later, or choose a new output_dir."
             )
         saved = resumed / "config.yaml"
         if saved.exists():
