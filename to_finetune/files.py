@@ -14,8 +14,11 @@ from to_finetune.errors import UsageError
 def whole(path: Path) -> Iterator[Path]:
     """A path beside to write to, renamed at the end: a reader sees the old file or the new one."""
     beside = path.with_name(path.name + ".partial")
+    beside.touch()
+    mode = beside.stat().st_mode  # as for any new file here, whatever the writer prefers
     try:
         yield beside
+        beside.chmod(mode)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

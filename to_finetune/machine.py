@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 PACKAGES = (
-    *("to-finetune", "torch", "transformers", "trl", "accelerate", "datasets", "safetensors"),
-    *("numpy", "scikit-learn"),
+    *("to-finetune", "torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes", "deepspeed", "triton"),
+    *("datasets", "safetensors", "numpy", "scikit-learn"),
 )
 
 

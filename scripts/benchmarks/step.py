@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -138,9 +137,6 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
 
         fused.kernels_for = lambda device_type: gpu  # type: ignore[assignment]
     about, kernels = machine(), fused.kernels_for(device.type)
-    for package in ("bitsandbytes", "triton"):
-        with suppress(PackageNotFoundError):
-            about["versions"][package] = version(package)
     used = {key: getattr(options, key) for key in ("device", "threads", "rounds", "warm_up", "quick")}
     used |= {"kernels": kernels.__name__ if kernels else None, "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}
     used["load_average_before"] = os.getloadavg()[0]

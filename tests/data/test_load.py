@@ -143,3 +143,64 @@ def test_what_holds_no_rows_is_refused(name: str, options: dict[str, Any], said:
     with pytest.raises(UsageError) as raised:
         next(iter(load_data([name], streaming=streaming, **options).train))
     assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["read", "streamed"])
+def test_a_csv_whose_rows_end_in_a_comma_keeps_its_columns(tmp_path: Path, streaming: bool) -> None:
+    """pandas would take the first for the rows' names, and shift the others."""
+    (tmp_path / "rows.csv").write_text("prompt,completion\nred,blue,\ntwo,three,\n")
+    data = load_data([str(tmp_path / "rows.csv")], streaming=streaming)
+    first = next(iter(data.train))
+    assert first == {"prompt": "red", "completion": "blue"}
+
+
+def test_a_csv_with_cells_in_no_column_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt,completion\nred,blue,green\n")
+    with pytest.raises(UsageError, match=r"rows\.csv' has 2 columns, and a row of 3 cells"):
+        load_data([str(tmp_path / "rows.csv")])
+
+
+def test_a_folder_is_evaluated_on_its_test_split(tmp_path: Path) -> None:
+    for name, part in (("train", ALPACA_ROWS[:3]), ("test", ALPACA_ROWS[3:5])):
+        write_jsonl(tmp_path / f"{name}.jsonl", part)
+    data = load_data([str(tmp_path)], eval_name=str(tmp_path))
+    assert data.held_out is not None
+    assert (len(data.held_out), data.notes) == (2, [])
+
+
+@pytest.mark.parametrize("name", ["my[1].jsonl", "dir[1]/rows.jsonl"])
+def test_a_name_may_look_like_a_pattern(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    write_jsonl(tmp_path / name, ALPACA_ROWS[:2])
+    assert len(load_data([str(tmp_path / name)]).train) == 2  # type: ignore[arg-type]
+
+
+def test_an_empty_cell_is_no_text(tmp_path: Path) -> None:
+    """Nor is NaN, as pandas writes it into JSON."""
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "input": NaN, "output": "b"}\n')
+    assert "nan" not in next(iter(load_data([str(tmp_path / "rows.jsonl")]).train))["prompt"]
+
+
+def test_a_text_files_mark_of_the_byte_order_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text("one\ntwo\n", encoding="utf-8-sig")
+    assert load_data([str(tmp_path / "rows.txt")]).train["text"] == ["one", "two"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("header.csv", "prompt,completion\n", "is empty"),
+        ("nothing.json", "[]", "is empty"),
+        ("rows.tsv", "a\tb\n", r"ends in '\.tsv'; read are files that end in \.json, "),
+    ],
+)
+def test_what_cannot_be_read_is_called_what_it_is(tmp_path: Path, name: str, content: str, said: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UsageError, match=said):
+        load_data([str(tmp_path / name)])
+
+
+def test_the_text_column_that_was_asked_for_is_named(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": "one"}])
+    with pytest.raises(UsageError, match="has the columns text; needed: .*, or 'nope' as dataset_text_field says"):
+        load_data([str(tmp_path / "rows.jsonl")], text_column="nope")

@@ -175,3 +175,12 @@ def test_sets_of_different_forms_are_refused(tmp_path: Path, alpaca: Path, sets:
     )
     with pytest.raises(UsageError, match=r"eval_dataset_name=.* has text"):
         load_data([chats], eval_name=sets[0])
+
+
+def test_a_stream_whose_share_is_less_than_a_row_holds_none_out(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_jsonl(tmp_path / f"{name}.jsonl", ALPACA_ROWS)
+    names = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    data = load_data(names, weights=[0.01, 0.99], streaming=True, val_set_size=4)
+    assert data.held_out is not None
+    assert len(data.held_out) == 4

@@ -20,6 +20,7 @@ TAKES_FLAGS = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "to-finetune evaluate RUN_OR_MODEL [--compare] [options] [FLAGS_OF_A_RUN]"
     parser.description = (
         "The mean loss over the completions' tokens of held-out data, and its exponential, the perplexity. A run is "
         "evaluated on what it held out itself, in the way that it was trained; flags of finetune.py (--bf16, "

@@ -81,6 +81,8 @@ def find(arguments: argparse.Namespace) -> Answer:
     size = arguments.memory if arguments.memory is not None else arguments.fit
     budget = None if size is None else parse_size(size)
     model_args, args = parse_for_plan(arguments.flags, vars(arguments))
+    if arguments.rows is not None and args.packing and args.max_steps < 0:
+        raise UsageError("--rows says nothing of the steps of packed rows, several of which are one: give --max_steps.")
     settings = settings_of(model_args, args, arguments.layout, arguments.num_processes, arguments.rows)
     choice = choice_of(model_args)
     picked = None

@@ -57,7 +57,8 @@ def standard(source: str, rows: Rows, text_column: str = "text") -> Standard:
     elif text_column in columns:
         form, used, convert = TEXT, [text_column], _text_row
     else:
-        raise UsageError(f"{source} has the columns {', '.join(columns)}; needed: {WANTED}.")
+        wanted = WANTED if text_column == "text" else f"{WANTED}, or {text_column!r} as dataset_text_field says"
+        raise UsageError(f"{source} has the columns {', '.join(columns)}; needed: {wanted}.")
     used = [column for column in used if column in columns]
     prepared = rows.map(
         convert,
@@ -97,11 +98,11 @@ def _alpaca_row(row: dict[str, Any], index: int, source: str, columns: list[str]
 
 
 def _text_row(row: dict[str, Any], index: int, source: str, columns: list[str]) -> dict[str, str]:
-    """The cells as text: a CSV file's numbers, and its empty cells."""
+    """The cells as text: a CSV file's numbers, and its empty cells; NaN is one too, as pandas writes them."""
     for column in columns:
         if isinstance(row[column], (list, dict)):
             raise _malformed(source, index, f"{column} must be a text as in the first row", row[column])
-    return {column: "" if row[column] is None else str(row[column]) for column in columns}
+    return {column: "" if row[column] is None or row[column] != row[column] else str(row[column]) for column in columns}
 
 
 def _chat_row(row: dict[str, Any], index: int, source: str, columns: list[str]) -> dict[str, Any]:

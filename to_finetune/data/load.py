@@ -6,7 +6,8 @@ import csv
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from glob import glob, has_magic
+from contextlib import suppress
+from glob import escape, glob, has_magic
 from itertools import chain
 from pathlib import Path
 from textwrap import shorten
@@ -117,11 +118,14 @@ def load_data(
 
 def _is_local(name: str) -> bool:
     """Whether it names a file, a folder of them, or as a pattern several."""
-    return Path(name).suffix.lower() in BUILDERS or has_magic(name) or Path(name).is_dir()
+    return Path(name).suffix.lower() in BUILDERS or has_magic(name) or Path(name).exists()
 
 
 def default_eval_split(name: str) -> str:
-    """The split to evaluate on where none is named: a file has one, a hub set its test split."""
+    """The split to evaluate on where none is named: "test" of hub sets and of folders that have it, else "train"."""
+    if Path(name).is_dir():
+        with suppress(OSError, ValueError):  # which reading it will tell of
+            return "test" if "test" in _splits(name) else "train"
     return "train" if _is_local(name) else "test"
 
 
@@ -143,10 +147,12 @@ def _read(source: str, name: str, split: str, config: str | None, streaming: boo
             kind = _only_kind(source, files)
             if kind == "csv":
                 options |= _as_text(files[0])
+            if kind == "text":
+                options["encoding"] = "utf-8-sig"  # without a mark of the byte order
             if Path(name).is_dir():
                 _check_splits(source, name, files)
             else:
-                where, options["data_files"] = (kind, None), [str(file) for file in files]
+                where, options["data_files"] = (kind, None), [escape(str(file)) for file in files]
         rows = load_dataset(*where, **options)
         if kind == "text":
             rows = rows.filter(_is_not_blank)  # such lines part paragraphs; as rows they would teach silence
@@ -158,7 +164,9 @@ def _read(source: str, name: str, split: str, config: str | None, streaming: boo
     except DatasetGenerationError as error:
         reason = error.__cause__ or error
         raise UsageError(f"{source} is malformed: {shorten(str(reason), 400)}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last of hub sets that are a script
+        if "corresponds to no data" in str(error):
+            raise UsageError(f"{source} is empty.") from error
         raise UsageError(f"{source} cannot be loaded: {shorten(str(error), 400)}") from error
 
 
@@ -181,9 +189,16 @@ def _read_on(parts: Sequence[IterableDataset], source: str) -> Iterator[dict[str
 def _as_text(file: Path) -> dict[str, Any]:
     """Options of a CSV file whose cells are text as they stand: 007 and None are no number and no empty cell."""
     with file.open(newline="", encoding="utf-8-sig") as lines:
-        columns = next(csv.reader(lines))
+        rows = csv.reader(lines)
+        columns, first = next(rows), next(rows, [])
+        if len(first) > len(columns):  # pandas would drop what is in no column
+            for row in chain([first], rows):
+                if any(row[len(columns) :]):
+                    raise UsageError(f"{str(file)!r} has {len(columns)} columns, and a row of {len(row)} cells.")
     names = [column or f"Unnamed: {i}" for i, column in enumerate(columns)]  # as pandas, which reads it, calls them
-    return {"features": Features({name: Value("string") for name in names}), "keep_default_na": False}
+    features = Features({name: Value("string") for name in names})
+    # Without index_col pandas takes the first column for the rows' names where a row ends in a comma.
+    return {"features": features, "keep_default_na": False, "index_col": False}
 
 
 def _is_not_blank(row: dict[str, str]) -> bool:
@@ -193,8 +208,8 @@ def _is_not_blank(row: dict[str, str]) -> bool:
 def _existing(source: str, name: str) -> list[Path]:
     """The file of that name, or those that a pattern finds or a folder holds."""
     path = Path(name)
-    if has_magic(name) or path.is_dir():
-        found = map(Path, glob(name, recursive=True)) if has_magic(name) else _inside(path)
+    if path.is_dir() or (has_magic(name) and not path.exists()):
+        found = _inside(path) if path.is_dir() else map(Path, glob(name, recursive=True))
         files = sorted(file for file in found if file.suffix.lower() in BUILDERS)
         if not files:
             raise UsageError(f"{source} finds no file that ends in {', '.join(BUILDERS)}.")
@@ -219,7 +234,7 @@ def _inside(folder: Path) -> Iterator[Path]:
 
 def _check_splits(source: str, folder: str, files: Sequence[Path]) -> None:
     """Refuse a folder some of whose files `datasets` would drop: beside names such as train and test those without."""
-    splits = {str(key): list(value) for key, value in load_dataset_builder(folder).config.data_files.items()}
+    splits = _splits(folder)
     used = set(map(os.path.realpath, chain(*splits.values())))
     if dropped := [file for file in files if os.path.realpath(file) not in used]:
         raise UsageError(
@@ -229,9 +244,16 @@ def _check_splits(source: str, folder: str, files: Sequence[Path]) -> None:
         )
 
 
+def _splits(folder: str) -> dict[str, list[str]]:
+    """The files of each split that `datasets` sees in a folder."""
+    return {str(key): list(value) for key, value in load_dataset_builder(folder).config.data_files.items()}
+
+
 def _only_kind(source: str, files: Sequence[Path]) -> str:
     """The builder of all `files`: of several kinds `datasets` would read the commonest and drop the rest."""
     endings = sorted({file.suffix.lower() for file in files})
+    if unknown := [ending for ending in endings if ending not in BUILDERS]:
+        raise UsageError(f"{source} ends in {unknown[0]!r}; read are files that end in {', '.join(BUILDERS)}.")
     builders = {BUILDERS[ending] for ending in endings}
     if len(builders) > 1:
         raise UsageError(

@@ -101,7 +101,7 @@ def hold_out(sets: Sequence[Rows], val_set_size: float, weights: Sequence[float]
         if val_set_size < 1:
             raise UsageError(f"val_set_size={val_set_size:g}: a stream's length is not known; give a number of rows.")
         counts = _in_proportion(int(val_set_size), weights or [1.0])
-        first = [read_all(rows.take(count)) for rows, count in zip(sets, counts, strict=True)]
+        first = [read_all(rows.take(count)) for rows, count in zip(sets, counts, strict=True) if count]
         rest = [rows.skip(count) for rows, count in zip(sets, counts, strict=True)]
         if any(next(iter(rows), None) is None for rows in rest):
             raise UsageError(f"val_set_size={val_set_size:g} leaves nothing to train on.")

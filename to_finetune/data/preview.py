@@ -81,20 +81,21 @@ def preview(rows: Rows, tokenizer: PreTrainedTokenizerBase, number: int = 1) -> 
     return Preview(dict(enumerate(islice(rows, number))), tokenizer)
 
 
-def check_labels(rows: Rows, max_length: int | None, which: str = "") -> int:
-    """The tokens with a loss in prepared rows, of a stream in those that are looked at; `which` rows, for the error.
+def check_labels(rows: Rows, max_length: int | None, which: str = "") -> None:
+    """Refuse prepared rows without any token to learn, of a stream those that are looked at.
+
+    Args:
+        which: rows they are, for the error.
 
     Raises:
         UsageError: when there is none.
     """
-    learned = sum(len(row["labels"]) - row["labels"].count(IGNORED) for row in looked_at(rows))
-    if learned == 0:
+    if all(label == IGNORED for row in looked_at(rows) for label in row["labels"]):
         of = f" of the {which} rows" if which else ""
         raise UsageError(
             f"All labels{of} are masked: with max_length={max_length} no example keeps a token of its completion. "
             "Raise --max_length, or look for empty completions in the data."
         )
-    return learned
 
 
 def looked_at(rows: Rows) -> Iterator[dict[str, Any]]:

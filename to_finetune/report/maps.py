@@ -13,6 +13,18 @@ from to_finetune.report.run import Slopes, TensorSlope
 from to_finetune.report.subset_map import headline, in_words, labelled, layers_and_rows, row_label
 
 ByModule = Mapping[str, Mapping[int | None, TensorSlope]]  # by row and layer, None outside of the layers
+SCALINGS: dict[str | None, tuple[str, str]] = {  # by grad_scale: the unit of a gradient, and what there is to say
+    None: ("gradient", ""),
+    "rms": (
+        "rms(g)",
+        "With grad_scale=rms the model is of each tensor's g / rms(g), and so A is in rms(g) per unit of weight.",
+    ),
+    "factored": (
+        "scaled gradient",
+        "With grad_scale=factored the model is of the scaled gradient, whose rows and columns weigh alike and whose "
+        "rms is 1 (of embeddings and heads: g / rms(g)), and so A is in its units per unit of weight.",
+    ),
+}
 FEW_LAYERS = 8  # whose cells have room for a number
 
 
@@ -76,7 +88,7 @@ class SlopesView:
     symbol: str  # of a slope's size
     what: str
     unit: str
-    scaled: bool  # by grad_scale
+    scaling: str  # a sentence on grad_scale, "" without one
     grid: Grid
     grid_unit: str
     is_bound: bool  # what the grid says: u vᵀ sees one direction alone
@@ -103,16 +115,16 @@ def slopes_view(slopes: Slopes, sizes: Mapping[str, int]) -> SlopesView | None:
         return None
     by_module = {label: {layer: _together(several) for layer, several in row.items()} for label, row in cells.items()}
     layers = sorted({layer for row in by_module.values() for layer in row if layer is not None})
-    scaled = slopes.grad_scale is not None
+    gradient, scaling = SCALINGS.get(slopes.grad_scale, SCALINGS[None])
     diagonal = slopes.form == "diagonal"
     grid, largest = _slope_grid(by_module, layers)
     return SlopesView(
         symbol="rms(a)" if diagonal else "‖u‖‖v‖",
         what="A = diag(a)" if diagonal else "the one singular value of A = u vᵀ",
-        unit="rms(g) per unit of weight" if scaled else "gradient per unit of weight",
-        scaled=scaled,
+        unit=f"{gradient} per unit of weight",
+        scaling=scaling,
         grid=grid,
-        grid_unit="rms(g)" if scaled else "gradient",
+        grid_unit=gradient,
         is_bound=not diagonal,
         largest=number(float(f"{largest:.3g}")),
         growth=_growth(slopes.steps, by_module, layers),

@@ -215,14 +215,26 @@ def _trained(run: RunData) -> str:
 
 def _data(config: dict[str, Any]) -> str:
     names = config.get("dataset_name") or []
-    held_out = config.get("val_set_size") or 0
-    parts = [
-        " and ".join(map(str, names)) if isinstance(names, list) else str(names),
-        str(config.get("dataset_train_split", "")),
-        f"held out: {config['eval_dataset_name']}" if config.get("eval_dataset_name") else "",
-        f"{held_out:g} rows held out" if held_out >= 1 else f"{100 * held_out:g} % held out" if held_out else "",
-    ]
-    return ", ".join(filter(None, parts))
+    return ", ".join(
+        filter(
+            None,
+            (
+                " and ".join(map(str, names)) if isinstance(names, list) else str(names),
+                str(config.get("dataset_train_split", "")),
+                _held_out(config),
+            ),
+        )
+    )
+
+
+def _held_out(config: dict[str, Any]) -> str:
+    """What a run was evaluated on, in the order in which `load_data` decides."""
+    name, split, size = (config.get(key) for key in ("eval_dataset_name", "dataset_test_split", "val_set_size"))
+    if name or split:
+        return f"held out: {', '.join(map(str, filter(None, (name, split))))}"
+    if not size:
+        return ""
+    return f"{size:g} rows held out" if size >= 1 else f"{100 * size:g} % held out"
 
 
 def _command(run: RunData) -> str:

@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = (
     "#0072B2",
@@ -35,12 +36,14 @@ def plot_losses(
     for i, (label, history) in enumerate(histories.items()):
         colour = COLOURS[i % len(COLOURS)]
         steps, losses = series(history, "loss")
-        axes.plot(steps, losses, color=colour, linewidth=1.6, label=label)
+        alone = {"marker": "o"} if len(steps) == 1 else {}  # which makes no line
+        axes.plot(steps, losses, color=colour, linewidth=1.6, label=label, **alone)
         steps, losses = series(history, "eval_loss")
         if steps:
             final = f"{label}, held out (ends at {losses[-1]:.3f})"
             axes.plot(steps, losses, "o--", color=colour, markersize=5, linewidth=1.0, alpha=0.8, label=final)
     axes.set(xlabel="step", ylabel="loss (nats a token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title, loc="left", fontsize=11)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)

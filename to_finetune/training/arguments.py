@@ -121,7 +121,10 @@ class DataArguments:
         default=None, metadata={"help": "Held-out data: named in the same way, and of the same form."}
     )
     dataset_test_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on. Default: 'train' of files, 'test' of a hub dataset."}
+        default=None,
+        metadata={
+            "help": "Split to evaluate on. Default: 'test' of a hub dataset and of a folder that has it, else 'train'."
+        },
     )
     val_set_size: float = field(
         default=0.0,
