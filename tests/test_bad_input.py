@@ -79,8 +79,8 @@ BAD = {
     # the data
     "data that are not there": ({"dataset_name": "rws.jsonl"}, "'rws.jsonl'", "no such file", "'rows.jsonl'"),
     "empty data": ({"dataset_name": "empty.jsonl"}, "'empty.jsonl'", "empty"),
-    "empty list": ({"dataset_name": "empty.json"}, "'empty.json'", "no data"),
-    "header alone": ({"dataset_name": "header.csv"}, "'header.csv'", "no data"),
+    "empty list": ({"dataset_name": "empty.json"}, "'empty.json'", "is empty"),
+    "header alone": ({"dataset_name": "header.csv"}, "'header.csv'", "is empty"),
     "empty split": ({"dataset_train_split": "train[:0]"}, "dataset_name", "train[:0]"),
     "unknown split": ({"dataset_train_split": "test"}, "dataset_name", '"test"'),
     "broken JSON": ({"dataset_name": "broken.jsonl"}, "'broken.jsonl'", "malformed", "row 1"),
@@ -165,6 +165,8 @@ def test_a_run_that_diverges_fails_and_saves_nothing(
     assert "diverged" in the_error(capsys)
     assert run.record["status"] == "failed"
     assert "diverged" in run.record["error"]
+    assert run.record["results"]["train_loss_mean"] is None  # JSON has no NaN
+    assert run.record["results"]["processes"] == 1
     assert not [file.name for file in run.folder.rglob("*") if file.suffix in (".safetensors", ".bin", ".pt")]
     assert "diverged" in (run.folder / "report.html").read_text()
 

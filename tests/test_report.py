@@ -29,7 +29,7 @@ from to_finetune.optim.slopes import QUANTILES, _sample, slopes
 from to_finetune.optim.state import read
 from to_finetune.report.charts import Box, Series, boxes, curves, number
 from to_finetune.report.maps import slopes_view, subset_grid
-from to_finetune.report.page import duration, read_run, write_report
+from to_finetune.report.page import _data, duration, read_run, write_report
 from to_finetune.report.run import Slopes, TensorSlope
 from to_finetune.training.callbacks import StopOnNonFinite
 from to_finetune.training.traces import NEW_TOKENS, SampleAnswers, SlopeTrace, _prompts, write_parameters
@@ -555,6 +555,32 @@ def test_the_slopes_by_layer(run: Path) -> None:
     assert page.rows()["model.layers.1.q_proj.weight"] == ["2", "0.25", "-9", "-1", "0", "0.5", "1", "3", "8"]
     assert "relative_alpha gives alpha another unit, not A." in page.text
     assert "With grad_scale=rms the model is of each tensor's g / rms(g)" in page.text
+
+
+@pytest.mark.parametrize("grad_scale", ["rms", "factored", None])
+def test_the_units_of_the_slopes_are_those_of_the_gradient_that_was_modelled(run: Path, grad_scale: str | None) -> None:
+    path = run / "slopes.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "grad_scale": grad_scale}))
+    text = page_of(run).text
+    assert ("whose rows and columns weigh alike" in text) == (grad_scale == "factored")
+    assert ("each tensor's g / rms(g)" in text) == (grad_scale == "rms")
+    unit = {"rms": "rms(g)", "factored": "scaled gradient", None: "gradient"}[grad_scale]
+    assert f"in {unit} per unit of weight" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"eval_dataset_name": "other.jsonl", "val_set_size": 500}, "held out: other.jsonl"),
+        ({"dataset_test_split": "test", "val_set_size": 500}, "held out: test"),
+        ({"eval_dataset_name": "other.jsonl", "dataset_test_split": "test"}, "held out: other.jsonl, test"),
+        ({"val_set_size": 500.0}, "500 rows held out"),
+        ({"val_set_size": 0.05}, "5 % held out"),
+        ({}, ""),
+    ],
+)
+def test_the_held_out_data_are_those_that_were_evaluated_on(config: dict[str, Any], said: str) -> None:
+    assert _data({"dataset_name": ["rows.jsonl"], **config}) == ", ".join(filter(None, ["rows.jsonl", said]))
 
 
 def test_the_slopes_of_rank_one_without_scaling() -> None:

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.nn.functional import cross_entropy
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from to_finetune.data.preview import IGNORED
 from to_finetune.errors import UsageError
+from to_finetune.files import whole, write_whole
 from to_finetune.finetune import main
 from to_finetune.model import load_finetuned
 from to_finetune.training.optimizers import recommended_learning_rate
@@ -183,3 +185,17 @@ def test_the_mean_training_loss_is_over_all_steps(finetune: Callable[..., Run], 
     history = run.trainer.state.log_history
     assert [row["step"] for row in history if "loss" in row] == [4, 5]
     assert run.record["results"]["train_loss_mean"] == pytest.approx(history[-1]["train_loss"], rel=1e-6)
+
+
+def test_what_is_not_written_to_its_end_is_not_there(tmp_path: Path) -> None:
+    """And what was there before still is; new files may be read by whom the folder's others may."""
+    path, plain = tmp_path / "file", tmp_path / "plain"
+    plain.touch()
+    with whole(path) as beside:
+        save_file({"a": torch.ones(2)}, beside)
+    assert path.stat().st_mode == plain.stat().st_mode
+    before = path.read_bytes()
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(path, "\ud800")
+    assert path.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "plain"]

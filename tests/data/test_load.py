@@ -202,5 +202,5 @@ def test_what_cannot_be_read_is_called_what_it_is(tmp_path: Path, name: str, con
 
 def test_the_text_column_that_was_asked_for_is_named(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", [{"text": "one"}])
-    with pytest.raises(UsageError, match="has the columns text; needed: .*, or 'nope' as dataset_text_field says"):
+    with pytest.raises(UsageError, match=r"has the columns text; needed: .*, or 'nope' as dataset_text_field says"):
         load_data([str(tmp_path / "rows.jsonl")], text_column="nope")

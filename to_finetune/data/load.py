@@ -166,7 +166,7 @@ def _read(source: str, name: str, split: str, config: str | None, streaming: boo
         raise UsageError(f"{source} is malformed: {shorten(str(reason), 400)}") from error
     except (OSError, ValueError, RuntimeError) as error:  # the last of hub sets that are a script
         if "corresponds to no data" in str(error):
-            raise UsageError(f"{source} is empty.") from error
+            raise UsageError(f"{source}: {split!r} is empty.") from error
         raise UsageError(f"{source} cannot be loaded: {shorten(str(error), 400)}") from error
 
 
