@@ -10,7 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+THIS = Path(__file__).resolve()
+ROOT = THIS.parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 CPU_TORCH = "torch==2.13.0"  # tested; where there is a GPU, pip chooses the build, and a PIP_CONSTRAINT the version
@@ -27,8 +28,8 @@ def enter(extra: str) -> None:
 
 
 def make(extra: str) -> None:
-    """Create or complete the environment, unless it already is what pyproject.toml asks for."""
-    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes()).hexdigest()
+    """Create or complete the environment, unless it already is what pyproject.toml and this file ask for."""
+    wanted = hashlib.sha256(b"".join(path.read_bytes() for path in (ROOT / "pyproject.toml", THIS))).hexdigest()
     stamps = {name: VENV / f"installed-{name}" for name in ("hf", "dev")}
     good_enough = ("dev",) if extra == "dev" else ("hf", "dev")  # dev holds all that hf does
     if any(stamps[name].exists() and stamps[name].read_text() == wanted for name in good_enough):

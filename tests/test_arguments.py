@@ -20,7 +20,7 @@ WRITTEN = {
     "list of enums": ["--debug", "underflow_overflow"],
     "mapping": ["--lr_scheduler_kwargs", '{"min_lr": 1e-5}', "--model_init_kwargs", '{"a": null}'],
     "options": ["--optim_args", "alpha=7e-1,state_dtype=bfloat16"],
-    "options of another": ["--optim", "adamw_torch", "--optim_args", "eps=1e-6"],
+    "options of another": ["--optim", "sgd", "--optim_args", "momentum=0.9"],
     "numbers": ["--dataset_weights", "7e-1", "3e-1", "--eval_steps", "0.5", "--pad_to_multiple_of", "8"],
     "none": ["--report_to", "none", "--max_length", "none"],
     "words like numbers": ["--run_name", "1e3", "--unfrozen_parameters", "1.5", "null", "--dataset_config=-x"],

@@ -97,6 +97,11 @@ BAD = {
         {"weight_decay": 0.1, "optim_args": "decoupled_weight_decay=false"},
         "weight_decay=0.1 is not valid: grad_scale='factored' needs decoupled_weight_decay=True",
     ),
+    "an option given twice": ({"optim_args": "alpha=0.1,alpha=0.2"}, "optim_args: alpha is given twice"),
+    "options of an optimizer without": (
+        {"optim": "adamw_torch", "optim_args": "bteas=1"},
+        "optim_args='bteas=1': Hugging Face gives adamw_torch none; its flags are adam_beta1",
+    ),
     "no steps": ({"max_steps": 0}, "max_steps=0 is not valid"),
     "no epochs": ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs=0"),
     "rows that are no number": ({"val_set_size": "nan"}, "val_set_size=nan is not valid: a number or a share"),

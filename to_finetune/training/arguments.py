@@ -26,6 +26,7 @@ from to_finetune.training.optimizers import (
     parse_optim_args,
 )
 
+WITHOUT_OPTIONS = ("adamw_torch", "adamw_torch_fused", "adafactor")  # whose optim_args Hugging Face does not read
 SECRETS = ("hub_token",)  # flags whose values are written nowhere
 
 
@@ -179,6 +180,11 @@ class TrainableOptimizerArguments:
             scaled = options.get("grad_scale") is not None
             decay = self.weight_decay  # type: ignore[attr-defined]
             check_options(name, {**options, "weight_decay": decay}, self.learning_rate or 0.0)
+        elif self.optim_args and name in WITHOUT_OPTIONS:
+            raise UsageError(
+                f"optim_args={self.optim_args!r}: Hugging Face gives {name} none; its flags are adam_beta1, adam_beta2 "
+                "and adam_epsilon."
+            )
         elif isinstance(self.optim_args, dict):
             self.optim_args = ",".join(f"{key}={value}" for key, value in parse_optim_args(self.optim_args).items())
         if self.learning_rate is None and name not in OPTIMIZERS:  # theirs is set once the model is known

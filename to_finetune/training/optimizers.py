@@ -126,6 +126,8 @@ def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, An
         key, equals, value = item.strip().partition("=")
         if not equals:
             raise UsageError(f"optim_args: {item.strip()!r} is not of the form key=value.")
+        if key.strip() in options:
+            raise UsageError(f"optim_args: {key.strip()} is given twice.")
         options[key.strip()] = _literal(value.strip())
     return options
 
