@@ -208,6 +208,15 @@ def test_a_model_that_reads_back_otherwise_is_not_kept(run: Run, tmp_path: Path,
     assert not any(tmp_path.iterdir())
 
 
+def test_adapters_of_an_embedding_that_is_the_head_too_are_not_merged(
+    finetune: Finetune, tied_llama: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"unfrozen_parameters": None, "use_peft": True, "model_name_or_path": tied_llama}
+    run = finetune(tmp_path / "run", lora_target_modules=["embed_tokens"], learning_rate=0.5, **options)
+    with pytest.raises(RunError, match=r"The base's head is its embedding, and the adapters are of one of the two\."):
+        merge(run.folder, tmp_path / "merged")
+
+
 def test_a_merge_that_changes_what_adapters_do_is_not_written(lora: Run, tmp_path: Path) -> None:
     """As with a head that is tied to the embedding, to which the merged update would be added as well."""
 

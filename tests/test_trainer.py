@@ -328,3 +328,16 @@ def test_the_best_checkpoint_is_loaded_at_the_end(finetune: Callable[..., Run], 
     assert_same_bits(run.weights, trained(run.trainer.model))
     last = Run(0, run.folder / "checkpoint-4", None)
     assert any(not torch.equal(weights, last.weights[name]) for name, weights in run.weights.items())
+
+
+def test_another_subsets_checkpoint_is_refused(llama: Path, tmp_path: Path) -> None:
+    """Else what trained before would be lost, though it was loaded."""
+    options = {"save_strategy": "steps", "save_steps": 2, "learning_rate": LR}
+    for patterns in ([r"layers\.[23]\."], [r"layers\.3\."]):
+        model = AutoModelForCausalLM.from_pretrained(llama)
+        select_trainable(model, patterns)
+        trainer = TOTrainer(model, arguments(TOTrainingArguments, tmp_path, **options), train_dataset=rows())
+        if len(patterns[0]) > len(r"layers\.3\."):
+            trainer.train()
+    with pytest.raises(RunError, match=r"checkpoint-2 holds 18 trained tensors, not the 9 that train here\."):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

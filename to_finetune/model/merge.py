@@ -81,7 +81,12 @@ def merge(
         in_memory = _logits(model)
         difference = ((in_memory - beside_base).abs().max() / beside_base.abs().max()).item()
         if not difference < (1e-3 if model.dtype == torch.float32 else 0.1):
-            raise RunError(f"Merging the adapters changed the logits by {difference:.1%} of the largest; not written.")
+            is_tied = getattr(model.config, "tie_word_embeddings", False)
+            on_tied = is_tied and any(part in name for name in tensors for part in ("lora_embedding", "lm_head."))
+            because = " The base's head is its embedding, and the adapters are of one of the two." if on_tied else ""
+            raise RunError(
+                f"Merging the adapters changed the logits by {difference:.1%} of the largest; not written.{because}"
+            )
     dtype = model.dtype
     with _new_folder(output) as partial:
         model.save_pretrained(partial)

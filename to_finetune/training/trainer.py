@@ -231,12 +231,15 @@ class TrainableOptimizerMixin(_Base):
     def _load_trained(self, folder: str) -> None:
         optimizer = self._by_name() if self.is_sharded() else None
         model = self.accelerator.unwrap_model(self.model)
+        parameters, names = named(model), parameter_names(model)
+        trained = {saved for saved, name in names.items() if parameters[name].requires_grad}
+        tensors = read_trained(folder)[0]
+        if tensors.keys() != trained:
+            raise RunError(f"{folder} holds {len(tensors)} trained tensors, not the {len(trained)} that train here.")
         if optimizer is None:
             load_trained(model, folder)
         else:
-            names = parameter_names(model)
-            tensors = {names[name]: tensor for name, tensor in read_trained(folder)[0].items()}
-            load_weights(self.model_wrapped, optimizer, tensors)
+            load_weights(self.model_wrapped, optimizer, {names[name]: tensor for name, tensor in tensors.items()})
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Hugging Face's card, where the folder is a whole model: it shows how to load it as one."""
