@@ -52,15 +52,17 @@ from to_finetune.training.trainer import TOSFTTrainer
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `finetune.py`; returns its exit code: 0 done, 1 a failed run, 2 bad usage, 128 + n stopped by signal n."""
+    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0  # of its machine, which has its own files and errors
     try:
         with sigterm_interrupts():
             return finetune(*parse_arguments(argv))
     except KeyboardInterrupt as interrupt:
         number = interrupt.args[0] if interrupt.args else signal.SIGINT
-        print(f"{number.name}: stopped at once; checkpoints that are there are kept.", file=sys.stderr)
+        if is_first:
+            print(f"{number.name}: stopped at once; checkpoints that are there are kept.", file=sys.stderr)
         return 128 + number
     except (UsageError, RunError) as error:
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # each machine has its own files, and errors
+        if is_first:
             Console(stderr=True, soft_wrap=True).print(Text.assemble(("error:", "bold red"), f" {error}"))
         return 2 if isinstance(error, UsageError) else 1
 

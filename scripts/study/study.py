@@ -42,7 +42,7 @@ from to_finetune.training.proofs import unwrapped
 from to_finetune.training.trainer import TOSFTTrainer
 
 RESULTS = Path(__file__).parent / "results"
-AGAIN = RESULTS / "again"  # of base models that were pretrained once more
+AGAIN = (RESULTS / "again", RESULTS / "third")  # of base models that were pretrained once more, and a third time
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
 STEP = math.sqrt(3)  # between neighbouring values of lr
 WIDENINGS = 4  # at most

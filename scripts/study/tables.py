@@ -2,7 +2,8 @@
 
     python scripts/study/tables.py
 
-Writes results/tables.md, curves.svg and sensitivity.svg (and PNGs of both, to look at), and results/again/tables.md.
+Writes results/tables.md, curves.svg and sensitivity.svg (and PNGs of both, to look at), and tables.md in results/again
+and results/third.
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -53,7 +54,8 @@ def main() -> None:
     cells = write_tables(RESULTS)
     curves(cells)
     sensitivity(cells)
-    write_tables(AGAIN)
+    for results in AGAIN:
+        write_tables(results)
     print((RESULTS / "tables.md").read_text(encoding="utf-8"))
 
 

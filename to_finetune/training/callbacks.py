@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
@@ -135,12 +136,16 @@ class StopOnNonFinite(TrainerCallback):
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does: what is begun is ended, and its record says so."""
+    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does: what is begun is ended, and its record says so.
+
+    Not in one of several processes, which may be waiting for the others without end.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt(signal.Signals(number))
 
-    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if not is_alone or threading.current_thread() is not threading.main_thread():  # which alone may set handlers
         yield
         return
     before = signal.signal(signal.SIGTERM, interrupt)

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
-from transformers.trainer import SCHEDULER_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 from trl import SFTTrainer
 
 from to_finetune.data.preview import IGNORED
@@ -201,10 +201,12 @@ class TrainableOptimizerMixin(_Base):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         state = os.path.join(str(checkpoint), STATE_NAME)
         optimizer = self._by_name()
-        if checkpoint is None or (optimizer is None and not os.path.isdir(state)):
+        is_ours = os.path.isdir(state)
+        is_theirs = os.path.isfile(os.path.join(str(checkpoint), OPTIMIZER_NAME))  # of a plain Trainer
+        if checkpoint is None or (not is_ours and (optimizer is None or is_theirs)):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        if optimizer is None or not os.path.isdir(state):
+        if optimizer is None or not is_ours:
             live = type(unwrapped(self.optimizer)).__name__
             raise RunError(f"{checkpoint} holds no state of {live}'s, which would begin anew in the middle of the run.")
         assert self.lr_scheduler is not None
