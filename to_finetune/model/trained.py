@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from to_finetune.errors import RunError, UsageError
 from to_finetune.files import whole
-from to_finetune.optim.checkpoint import named
+from to_finetune.optim.checkpoint import bare, named
 
 TRAINED_WEIGHTS_NAME = "trained.safetensors"
 
@@ -175,4 +175,7 @@ def _as_saved(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     """`tensors`, by their names in `model`, under the names that they are saved by; of adapters those alone."""
     if not isinstance(model, PeftModel):
         return dict(tensors)
-    return get_peft_model_state_dict(model, dict(tensors), model.active_adapter, save_embedding_layers=False)
+    own = {bare(name): name for name, _ in model.named_parameters()}  # by which peft looks
+    known = {own[name]: tensor for name, tensor in tensors.items()}
+    saved = get_peft_model_state_dict(model, known, model.active_adapter, save_embedding_layers=False)
+    return {bare(name): tensor for name, tensor in saved.items()}

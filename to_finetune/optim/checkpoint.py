@@ -124,12 +124,15 @@ def load_weights(model: nn.Module, optimizer: TrainableOptimizer, weights: Mappi
 
 def named(model: nn.Module) -> dict[str, Tensor]:
     """The parameters by the names that they have without a wrapper, around the model or around parts of it."""
-    parameters: dict[str, Tensor] = {
-        ".".join(part for part in name.split(".") if part not in WRAPPED): p for name, p in model.named_parameters()
-    }
+    parameters: dict[str, Tensor] = {bare(name): p for name, p in model.named_parameters()}
     while parameters and all(name.startswith("module.") for name in parameters):  # of DDP, or of DeepSpeed's engine
         parameters = {name.removeprefix("module."): p for name, p in parameters.items()}
     return parameters
+
+
+def bare(name: str) -> str:
+    """A parameter's name without the wrappers around parts of the model."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
 def _run(member: Member) -> slice:
