@@ -82,7 +82,7 @@ class LogBeforeSave(TrainerCallback):
     """Logs the loss whenever a checkpoint is saved: a resumed run does not know the steps since the last log."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        control.should_log = control.should_log or control.should_save
+        control.should_log = control.should_log or (control.should_save and args.logging_strategy != "no")
 
     on_epoch_end = on_step_end
 
