@@ -39,6 +39,7 @@ class Batch(Part):
         places: the addresses of weights, state and exponents.
         grads: the members' gradients, contiguous.
         aligned: whether all addresses are multiples of 16.
+        state_versions: autograd's counts of the changes of the state whose sums are carried; a step adds none.
         table: (members, 11) int64 on the kernels' device.
         held: the sums over weights and state that the last step left and that still hold, (members, 8) float64.
         taken: the members' numbers of steps, where they are known to be one tensor.
@@ -49,6 +50,7 @@ class Batch(Part):
     names: Sequence[str] = field(kw_only=True)
     grads: list[Tensor] = field(init=False)
     aligned: bool = field(init=False)
+    state_versions: list[int] = field(init=False)
     table: Tensor = field(init=False)
     held: Tensor | None = None
     taken: Tensor | None = None
@@ -89,6 +91,7 @@ class Batch(Part):
         self.aligned = reduce(operator.or_, addresses, self._alignment) % 16 == 0
         self.table = to_device(self._rows, self.device)
         self.sums = self.totals = self.held = None
+        self.state_versions = [x._version for x in self._summed_state]
 
     def is_in_place(self) -> bool:
         """Whether weights and state lie where they lay when this was made."""
@@ -134,6 +137,11 @@ class Batch(Part):
         return [member.p for member in self.members]
 
     @cached_property
+    def _summed_state(self) -> list[Tensor]:
+        """That of which a step leaves sums for the next, as it does of the weights: RankOne's."""
+        return [state[name] for state in self.states for name in self.names] if self.is_rank_one else []
+
+    @cached_property
     def states(self) -> list[dict[str, Tensor]]:
         return [member.state for member in self.members]
 
@@ -166,7 +174,7 @@ class Carried:
         self.sums = sums
         self._params, self._places, self._numbers = batch.params, batch.places, batch.numbers
         self._states = batch.states  # alive, so that no others take their addresses
-        self._versions = _versions(batch)
+        self._versions = [p._version for p in self._params], batch.state_versions
 
     def holds_for(self, batch: Batch) -> bool:
         params = batch.params
@@ -174,14 +182,8 @@ class Carried:
             len(self._params) == len(params)
             and all(map(operator.is_, self._params, params))
             and (self._places, self._numbers) == (batch.places, batch.numbers)
-            and self._versions == _versions(batch)
+            and self._versions == ([p._version for p in params], batch.state_versions)
         )
-
-
-def _versions(batch: Batch) -> list[int]:
-    """Autograd's counts of the changes of what the carried sums are over: the weights, and RankOne's state."""
-    states = (state[name] for state in batch.states for name in batch.names) if batch.is_rank_one else ()
-    return [x._version for x in (*batch.params, *states)]
 
 
 def make_batch(
