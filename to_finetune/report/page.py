@@ -215,16 +215,12 @@ def _trained(run: RunData) -> str:
 
 def _data(config: dict[str, Any]) -> str:
     names = config.get("dataset_name") or []
-    return ", ".join(
-        filter(
-            None,
-            (
-                " and ".join(map(str, names)) if isinstance(names, list) else str(names),
-                str(config.get("dataset_train_split", "")),
-                _held_out(config),
-            ),
-        )
-    )
+    parts = [
+        " and ".join(map(str, names)) if isinstance(names, list) else str(names),
+        str(config.get("dataset_train_split", "")),
+        _held_out(config),
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def _held_out(config: dict[str, Any]) -> str:
