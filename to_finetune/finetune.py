@@ -39,9 +39,8 @@ from to_finetune.training.callbacks import (
     TerminalLines,
     TerminalProgress,
     WholeRuntime,
-    sigterm_interrupts,
 )
-from to_finetune.training.launch import check_processes
+from to_finetune.training.launch import check_processes, sigterm_interrupts
 from to_finetune.training.memory import RunMemory
 from to_finetune.training.prepare import data_report, prepare_data, prepare_model, prepare_trainer, settle_learning_rate
 from to_finetune.training.proofs import check_saved

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -132,27 +128,6 @@ class StopOnNonFinite(TrainerCallback):
                     f"{key} is {value} at step {state.global_step}: the run has diverged. Lower --learning_rate "
                     "or alpha. A checkpoint that was saved before it is still good."
                 )
-
-
-@contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does: what is begun is ended, and its record says so.
-
-    Not in one of several processes, which may be waiting for the others without end.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(signal.Signals(number))
-
-    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if not is_alone or threading.current_thread() is not threading.main_thread():  # which alone may set handlers
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class SaveOnSignal(TrainerCallback):
