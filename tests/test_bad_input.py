@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -107,6 +108,10 @@ BAD = {
     "rows that are no number": ({"val_set_size": "nan"}, "val_set_size=nan is not valid: a number or a share"),
     "rows without end": ({"val_set_size": "inf"}, "val_set_size=inf is not valid: a number or a share"),
     "evaluation of nothing": ({"eval_strategy": "steps"}, "eval_strategy='steps'", "--val_set_size"),
+    "a metric that nobody measures": (
+        {"val_set_size": 4, "eval_strategy": "steps", "metric_for_best_model": "accuracy"},
+        "metric_for_best_model='accuracy': a run measures eval_loss alone",
+    ),
     "all labels masked": ({"max_length": 20}, "All labels are masked", "max_length=20"),
     # the rest
     "unknown logger": ({"report_to": "paper"}, "paper", "tensorboard"),
@@ -141,6 +146,17 @@ def test_it_is_named_and_nothing_is_written(
     assert [words for words in named if words not in error] == []
     assert len(error) < 800
     assert not any(run.folder.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "options", [{"dataset_name": "rws.jsonl"}, {"val_set_size": 24}, {"eval_packing": True}], ids=str
+)
+def test_data_that_cannot_be_are_refused_before_a_weight_is_loaded(
+    options: dict[str, Any], finetune: Finetune, tmp_path: Path
+) -> None:
+    with mock.patch("to_finetune.training.prepare.load_model") as load_model:
+        assert finetune(tmp_path / "out", **options).code == 2
+    load_model.assert_not_called()
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl/out"])

@@ -27,7 +27,7 @@ from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enab
 from to_finetune.errors import UsageError
 from to_finetune.model import load_finetuned, load_trained, quantized, save_trained
 from to_finetune.model.adapters import lora_config, with_adapters
-from to_finetune.model.load import load_model, without_weights
+from to_finetune.model.load import load_model, load_tokenizer, without_weights
 from to_finetune.model.trained import read_trained, trained_tensors
 from to_finetune.optim import DiagonalTO, RankOneTO, TrainableOptimizer
 from to_finetune.training.arguments import parse_arguments
@@ -55,8 +55,8 @@ RUNS: dict[str, dict[str, Any]] = {
 OPTIONS = {"save_strategy": "steps", "save_steps": 2, "val_set_size": 4, "lr_scheduler_type": "constant"}
 
 
-def prepared(model: Path, **options: Any) -> tuple[Any, Any, Any]:
-    """The model, tokenizer and subset that a run with these flags would begin with."""
+def prepared(model: Path, **options: Any) -> tuple[Any, Any]:
+    """The model and the subset that a run with these flags would begin with."""
     given = {"model_name_or_path": model, "dataset_name": "-", "use_cpu": True, "bf16": False, **options}
     model_args, _, args = parse_arguments(flags(**given))
     return prepare_model(model_args, args)
@@ -130,7 +130,7 @@ def qwen(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_only_linear_layers_that_do_not_train_are_quantised(
     tall: Path, bits: str, chosen: dict[str, Any], kept: set[str]
 ) -> None:
-    model, _, subset = prepared(tall, **BITS[bits], **chosen)
+    model, subset = prepared(tall, **BITS[bits], **chosen)
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     expected = {name for name in linear if name != "lm_head" and not any(f".{part}" in name for part in kept)}
     assert set(quantised(model)) == expected
@@ -156,11 +156,11 @@ def test_what_trains_begins_as_the_bases_own_bits(
     options = {**BITS[bits], **precision, "unfrozen_last_layers": 1}
     given = {"model_name_or_path": llama, "dataset_name": "-", "use_cpu": True, "output_dir": tmp_path, **options}
     model_args, _, args = parse_arguments(flags(**given))
-    model, tokenizer, subset = prepare_model(model_args, args)
+    model, subset = prepare_model(model_args, args)
     from datasets import Dataset
 
     rows = Dataset.from_list([{"prompt": "red", "completion": "tree"}])
-    model = prepare_trainer(model, tokenizer, args, rows, None).model
+    model = prepare_trainer(model, load_tokenizer(str(llama)), args, rows, None).model
     loaded = torch.bfloat16 if precision and precision.get("dtype") != "float32" else torch.float32
     base = dict(LlamaForCausalLM.from_pretrained(llama, dtype=loaded).named_parameters())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -176,7 +176,7 @@ def test_what_trains_begins_as_the_bases_own_bits(
 @pytest.mark.parametrize("bits", BITS)
 def test_the_frozen_layers_are_the_bases_to_a_step_of_the_format(llama: Path, bits: str) -> None:
     """nf4: in blocks of 64 half the widest gap of its values, 0.152 of the largest; int8: half a 127th of a row's."""
-    model, _, _ = prepared(llama, **BITS[bits], unfrozen_last_layers=1)
+    model, _ = prepared(llama, **BITS[bits], unfrozen_last_layers=1)
     base = dict(LlamaForCausalLM.from_pretrained(llama).named_parameters())
     for name, module in quantised(model).items():
         weight, found = base[f"{name}.weight"], dequantised(module)
@@ -192,7 +192,7 @@ def test_the_frozen_layers_are_the_bases_to_a_step_of_the_format(llama: Path, bi
 @pytest.mark.parametrize("bits", BITS)
 def test_gradients_are_those_of_the_dequantised_model(llama: Path, bits: str) -> None:
     """Of the same model with ordinary weights of the same values, through the quantised layers above the trained."""
-    model, _, _ = prepared(llama, **BITS[bits], unfrozen_parameters=[r"layers\.1\."])
+    model, _ = prepared(llama, **BITS[bits], unfrozen_parameters=[r"layers\.1\."])
     reference = LlamaForCausalLM.from_pretrained(llama)
     with torch.no_grad():
         for name, module in quantised(model).items():
@@ -211,7 +211,7 @@ def test_gradients_are_those_of_the_dequantised_model(llama: Path, bits: str) ->
 def test_a_step_is_the_optimizers_on_the_same_gradients(
     llama: Path, bits: str, optimizer: type[TrainableOptimizer]
 ) -> None:
-    model, _, _ = prepared(llama, **BITS[bits], unfrozen_parameters=[r"layers\.1\."])
+    model, _ = prepared(llama, **BITS[bits], unfrozen_parameters=[r"layers\.1\."])
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     trained = [p for p in model.parameters() if p.requires_grad]
     alone = [Parameter(p.detach().clone()) for p in trained]
@@ -265,7 +265,7 @@ def test_biases_that_bitsandbytes_casts_do_not_count_as_moved(
 def test_an_evaluation_does_not_pack_the_weights_anew(llama: Path) -> None:
     """As bitsandbytes does on CPUs with bfloat16 instructions: after it, no gradient came through."""
     with mock.patch("bitsandbytes.nn.modules.has_avx512bf16", return_value=True):
-        model, _, _ = prepared(llama, load_in_4bit=True, unfrozen_parameters=[r"layers\.1\."])
+        model, _ = prepared(llama, load_in_4bit=True, unfrozen_parameters=[r"layers\.1\."])
     before = bits_of(model)
     tokens = torch.arange(20)[None]
     with torch.no_grad():
@@ -276,7 +276,7 @@ def test_an_evaluation_does_not_pack_the_weights_anew(llama: Path) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_a_fingerprint_changes_with_a_bit_of_a_quantised_weight(llama: Path, bits: str) -> None:
-    model, _, _ = prepared(llama, **BITS[bits], unfrozen_last_layers=1)
+    model, _ = prepared(llama, **BITS[bits], unfrozen_last_layers=1)
     before = fingerprints(model)
     weight = model.model.layers[2].self_attn.k_proj.weight
     weight.data.view(torch.uint8).view(-1)[5] ^= 1
@@ -286,12 +286,11 @@ def test_a_fingerprint_changes_with_a_bit_of_a_quantised_weight(llama: Path, bit
 
 def test_a_base_that_is_stored_quantised_trains_no_quantised_weight(llama: Path, tmp_path: Path) -> None:
     """Its norms it may."""
-    model, tokenizer, _ = prepared(llama, load_in_4bit=True, unfrozen_modules=["lm_head"])
+    model, _ = prepared(llama, load_in_4bit=True, unfrozen_modules=["lm_head"])
     model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UsageError, match=r"'model\.layers\.3\.self_attn\.q_proj\.weight', which is quantised"):
         prepared(tmp_path, unfrozen_last_layers=1)
-    model, _, subset = prepared(tmp_path, unfrozen_parameters=["layernorm"])
+    model, subset = prepared(tmp_path, unfrozen_parameters=["layernorm"])
     assert len(subset.names) == 8
     assert len(quantised(model)) == 28
     assert len(backward(model)[1]) == 8
@@ -327,9 +326,7 @@ def test_without_bitsandbytes_the_extra_is_named(llama: Path) -> None:
 
 
 def test_adapters_of_the_rank_asked_for_are_all_that_trains(llama: Path) -> None:
-    model, _, subset = prepared(
-        llama, use_peft=True, lora_r=4, lora_alpha=8, lora_target_modules=["q_proj", "down_proj"]
-    )
+    model, subset = prepared(llama, use_peft=True, lora_r=4, lora_alpha=8, lora_target_modules=["q_proj", "down_proj"])
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sizes = {"q_proj": 4 * (64 + 64), "down_proj": 4 * (64 + 64)}
     assert [(m.pattern, m.tensors, m.weights) for m in subset.matches] == [
@@ -348,7 +345,7 @@ def test_adapters_of_the_rank_asked_for_are_all_that_trains(llama: Path) -> None
 @pytest.mark.parametrize("base", [{}, *BITS.values()], ids=["full", *BITS])
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"dtype": "bfloat16"}], ids=str)
 def test_adapters_are_float32_on_any_base(llama: Path, base: dict[str, Any], precision: dict[str, Any]) -> None:
-    model, _, _ = prepared(llama, use_peft=True, **base, **precision)
+    model, _ = prepared(llama, use_peft=True, **base, **precision)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert len(quantised(model)) == (28 if base else 0)
 
@@ -372,7 +369,7 @@ def test_every_run_proves_itself(runs: dict[str, Run], name: str) -> None:
 def test_every_frozen_tensor_ends_as_it_began(runs: dict[str, Run], llama: Path, name: str) -> None:
     options = {"unfrozen_parameters": [r"layers\.3\."], **RUNS[name]}
     options.pop("optim", None)
-    before, _, _ = prepared(llama, **options)
+    before, _ = prepared(llama, **options)
     after = runs[name].trainer.model
     frozen = {name for name, p in before.named_parameters() if not p.requires_grad}
     assert_same_bits(
@@ -618,9 +615,9 @@ def test_where_deepspeed_shares_models_out_the_one_without_weights_stays_whole(l
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
 def test_attention_is_the_one_that_was_asked_for(llama: Path, name: str) -> None:
-    model, _, _ = prepared(llama, attn_implementation=name, unfrozen_last_layers=1)
+    model, _ = prepared(llama, attn_implementation=name, unfrozen_last_layers=1)
     assert model.config._attn_implementation == name
     tokens = torch.arange(30)[None]
     with torch.no_grad():
-        other, _ = load_model(str(llama))
+        other = load_model(str(llama))
         torch.testing.assert_close(model.eval()(tokens).logits, other.eval()(tokens).logits, rtol=1e-4, atol=1e-5)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from to_finetune.cli import main
 from to_finetune.errors import RunError, UsageError
-from to_finetune.model import load_finetuned, load_model
+from to_finetune.model import load_finetuned, load_model, load_tokenizer
 from to_finetune.model.merge import merge
 from to_finetune.model.trained import read_trained
 
@@ -311,9 +311,9 @@ def test_a_base_that_is_stored_quantised_is_refused(run: Run, llama: Path, tmp_p
     from transformers import BitsAndBytesConfig
 
     base = tmp_path / "base"
-    model, tokenizer = load_model(str(llama), quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    model = load_model(str(llama), quantization_config=BitsAndBytesConfig(load_in_8bit=True))
     model.save_pretrained(base)
-    tokenizer.save_pretrained(base)
+    load_tokenizer(str(llama)).save_pretrained(base)
     trained = tmp_path / "trained"
     with mock.patch.object(model.config, "_name_or_path", str(base)):
         from to_finetune.model import save_trained, select_trainable

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from to_finetune.model import load_finetuned, load_model
+from to_finetune.model import load_finetuned, load_model, load_tokenizer
 
 from .data.rows import PROMPT_NO_INPUT, PROMPT_WITH_INPUT
 from .helpers import Run
@@ -67,7 +67,9 @@ def reference_loss(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> fl
 
 
 def test_the_first_loss_is_the_base_models(run: Run) -> None:
-    model, tokenizer = load_model(str(DATA / "stories260k"), dtype=torch.float64, attn_implementation="eager")
+    name = str(DATA / "stories260k")
+    model = load_model(name, dtype=torch.float64, attn_implementation="eager")
+    tokenizer = load_tokenizer(name)
     assert run.code == 0
     assert run.losses[0] == pytest.approx(reference_loss(model, tokenizer, rows(0, BATCH)), rel=1e-5)
 

@@ -94,9 +94,9 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     if args.should_save:
         console.print(memory.plan(model_args, args))
     args.distributed_state.wait_for_everyone()  # for process 0, whose error is the one that is shown
-    model, tokenizer, subset = prepare_model(model_args, args)
+    tokenizer, train_dataset, eval_dataset = prepare_data(model_args, data_args, args)
+    model, subset = prepare_model(model_args, args)
     console.print(subset.table())
-    train_dataset, eval_dataset = prepare_data(data_args, args, tokenizer)
     record.values.update(
         prompt_form=prompt_form(next(iter(train_dataset))),
         subset={"tensors": len(subset.names), "weights": subset.weights, "total_weights": subset.total_weights},

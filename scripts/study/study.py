@@ -269,8 +269,8 @@ def named(method: Method, model: nn.Module, lr: float) -> Optimizer:
 def prepared(flags: Sequence[str], data_dir: Path) -> TOSFTTrainer:
     """The trainer of a run, with two held-out sets: Alpaca's own and the user-oriented instructions."""
     model_args, data_args, args = parse_arguments(flags)
-    model, tokenizer, _ = prepare_model(model_args, args)
-    rows, held_out = prepare_data(data_args, args, tokenizer)
+    tokenizer, rows, held_out = prepare_data(model_args, data_args, args)
+    model, _ = prepare_model(model_args, args)
     user = load_data([str(user_oriented(data_dir))]).train
     trainer = prepare_trainer(model, tokenizer, args, rows, {"alpaca": held_out, "user": user})
     for callback in (ProgressCallback, PrinterCallback):

@@ -41,8 +41,9 @@ def trainer_of(llama: Path, alpaca: Path, tmp_path: Path) -> Callable[..., Any]:
             "max_length": 512,
         }
         model_args, data_args, args = parse_arguments(flags(**{**settings, **options}))
-        model, tokenizer, _ = prepare_model(model_args, args)
-        return prepare_trainer(model, tokenizer, args, *prepare_data(data_args, args, tokenizer))
+        tokenizer, *rows = prepare_data(model_args, data_args, args)
+        model, _ = prepare_model(model_args, args)
+        return prepare_trainer(model, tokenizer, args, *rows)
 
     return trainer_of
 

@@ -1,7 +1,7 @@
 """What is trained: loading the base, choosing the subset, saving and loading the trained part."""
 
-from to_finetune.model.load import load_finetuned, load_model
+from to_finetune.model.load import load_finetuned, load_model, load_tokenizer
 from to_finetune.model.subset import select_trainable
 from to_finetune.model.trained import load_trained, save_trained
 
-__all__ = ["load_finetuned", "load_model", "load_trained", "save_trained", "select_trainable"]
+__all__ = ["load_finetuned", "load_model", "load_tokenizer", "load_trained", "save_trained", "select_trainable"]

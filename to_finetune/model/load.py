@@ -39,8 +39,8 @@ def load_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     quantization_config: BitsAndBytesConfig | None = None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model and its tokenizer, from a folder or the hub.
+) -> PreTrainedModel:
+    """A causal language model, from a folder or the hub.
 
     Args:
         dtype: of the weights; "auto" for the one that they are stored in.
@@ -49,7 +49,7 @@ def load_model(
     Raises:
         UsageError: when there is no such model, or it cannot have that attention or those bits, in one sentence.
     """
-    tokenizer = load_tokenizer(model_name_or_path, revision, trust_remote_code)
+    check_folder(model_name_or_path)
     # None would stand before what a base that is stored quantised says of itself.
     quantized = {} if quantization_config is None else {"quantization_config": quantization_config}
     with _in_one_sentence(model_name_or_path, attn_implementation):
@@ -64,7 +64,7 @@ def load_model(
     if getattr(model, "is_quantized", False):
         check_reading(model)
         keep_bits_still(model)
-    return model, tokenizer
+    return model
 
 
 def load_tokenizer(
@@ -152,12 +152,13 @@ def load_base(
         for name, p in skeleton.named_parameters():
             p.requires_grad_(name in tensors)
         quantization_config = quantize_frozen(quantization, skeleton, skeleton.dtype if dtype == "auto" else dtype)
-    model, tokenizer = load_model(*base, dtype, None, trust_remote_code, quantization_config)
+    model: Any = load_model(*base, dtype, None, trust_remote_code, quantization_config)
     if holds_adapters(folder):
         model = with_adapters(model, adapter_config(folder))
-    if (Path(folder) / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        align_special_tokens(model, tokenizer)  # a run may have taught another end
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        return model, load_tokenizer(*base, trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    align_special_tokens(model, tokenizer)  # a run may have taught another end
     return model, tokenizer
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from to_finetune.data.prompts import PromptForm
 from to_finetune.errors import UsageError
-from to_finetune.model.load import load_base, load_model
+from to_finetune.model.load import load_base, load_model, load_tokenizer
 from to_finetune.model.run import read_run
 from to_finetune.model.trained import load_trained, read_trained
 
@@ -95,9 +95,9 @@ def open_model(
     model: Any
     base_tensors: dict[str, Tensor] = {}
     if run is None or run.part == "whole":
-        model, tokenizer = load_model(name, dtype=dtype)
+        model, tokenizer = load_model(name, dtype=dtype), load_tokenizer(name)
         if run and with_base:
-            base, _ = load_model(str(run.base), run.config.get("model_revision"), dtype)
+            base = load_model(str(run.base), run.config.get("model_revision"), dtype)
             base_tensors = dict(base.named_parameters())
     else:
         model, tokenizer = load_base(run.folder, dtype, run.quantization)

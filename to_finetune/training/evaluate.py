@@ -81,12 +81,12 @@ def evaluate_held_out(
         recipe = Path(folder) / "config.yaml"
         recipe.write_text(yaml.safe_dump(config), encoding="utf-8")
         model_args, data_args, args = parse_arguments(["--config", str(recipe), *flags])
-        model, tokenizer, _ = prepare_model(model_args, args, is_trained=run is not None)
-        rows, held_out = prepare_data(data_args, args, tokenizer)
+        tokenizer, rows, held_out = prepare_data(model_args, data_args, args)
         if dataset_name is None:
             rows = held_out
         if rows is None:
             raise UsageError(f"{name!r} has held nothing out: name what to evaluate on with --dataset_name.")
+        model, _ = prepare_model(model_args, args, is_trained=run is not None)
         trainer: Any = prepare_trainer(model, tokenizer, args, rows.take(1), rows)  # it wants some to train on
         check_labels(trainer.eval_dataset, args.max_length)
         trainer.remove_callback(PrinterCallback)

@@ -31,10 +31,8 @@ from to_finetune.training.optimizers import recommended_learning_rate
 from to_finetune.training.trainer import TOSFTTrainer
 
 
-def prepare_model(
-    model_args: ModelArguments, args: FinetuneArguments, is_trained: bool = True
-) -> tuple[Any, Any, Subset]:
-    """The base model with all but what trains frozen, or with adapters; its tokenizer, and what trains.
+def prepare_model(model_args: ModelArguments, args: FinetuneArguments, is_trained: bool = True) -> tuple[Any, Subset]:
+    """The base model with all but what trains frozen, or with adapters; and what trains.
 
     Args:
         is_trained: False for a model that is as it was loaded: then mixed precision widens no weight of it.
@@ -53,14 +51,14 @@ def prepare_model(
     if model_args.quantization:
         compute_dtype = getattr(torch, mixed) if mixed else dtype
         quantization_config = quantize_frozen(model_args.quantization, skeleton, compute_dtype)
-    model, tokenizer = load_model(base, revision, dtype, attention, trust, quantization_config)
+    model: Any = load_model(base, revision, dtype, attention, trust, quantization_config)
     if lora:
         set_seed(args.seed)  # what the adapters begin with
-        return with_adapters(model, lora), tokenizer, subset
+        return with_adapters(model, lora), subset
     select_trainable(model, patterns)
     if mixed and is_trained:
         keep_trained_in_float32(model)
-    return model, tokenizer, subset
+    return model, subset
 
 
 def settle_learning_rate(model_args: ModelArguments, args: FinetuneArguments) -> None:
@@ -122,13 +120,14 @@ def check_base(model_args: ModelArguments, args: FinetuneArguments) -> None:
         )
 
 
-def prepare_data(data_args: DataArguments, args: FinetuneArguments, tokenizer: Any) -> tuple[Any, Any]:
-    """The training and held-out rows; settles the chat template and what is learned, in `tokenizer` and `args`.
+def prepare_data(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArguments) -> tuple[Any, Any, Any]:
+    """The tokenizer with its chat template, the training and the held-out rows; settles what is learned in `args`.
 
     Raises:
-        UsageError: for data, or flags for them, that cannot be; before anything is tokenized.
+        UsageError: for a tokenizer, data, or flags for them, that cannot be; before anything is tokenized.
     """
     _check_data_flags(data_args, args)
+    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
     data = load_data(
         data_args.dataset_name,
         data_args.dataset_train_split,
@@ -157,7 +156,7 @@ def prepare_data(data_args: DataArguments, args: FinetuneArguments, tokenizer: A
     if args.assistant_only_loss and data.form in (MESSAGES, TURNS):
         check_marked(tokenizer)
     _check_losses(data.form, args)
-    return data.train, data.held_out
+    return tokenizer, data.train, data.held_out
 
 
 def prepare_trainer(
@@ -200,8 +199,7 @@ def prepare_preview(model_args: ModelArguments, data_args: DataArguments, args: 
     Raises:
         UsageError: as `prepare_data` and `prepare_trainer`.
     """
-    tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
-    rows = prepare_data(data_args, args, tokenizer)
+    tokenizer, *rows = prepare_data(model_args, data_args, args)
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
@@ -245,6 +243,8 @@ def _check_data_flags(data_args: DataArguments, args: FinetuneArguments) -> None
         raise UsageError("truncation_mode='keep_end' does nothing with --packing true, which keeps the start.")
     if args.eval_packing and not (args.packing or args.padding_free):
         raise UsageError("eval_packing=True needs --packing true: else packed held-out rows would see each other.")
+    if args.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise UsageError(f"metric_for_best_model={args.metric_for_best_model!r}: a run measures eval_loss alone.")
 
 
 def _check_losses(form: str, args: FinetuneArguments) -> None:
