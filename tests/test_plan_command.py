@@ -133,14 +133,15 @@ def test_the_run_is_elsewhere(model: Path, options: dict[str, Any], precision: s
 @pytest.mark.parametrize(
     ("options", "planned"),
     [
-        ({}, {"unfrozen_parameters": None, "rows": 8, "length": 1024, "checkpointing": False}),
+        ({}, {"unfrozen_parameters": None, "rows": 8, "length": 1024, "joined": False, "checkpointing": False}),
         (
             {"gradient_checkpointing": True, "attn_implementation": "eager"},
             {"checkpointing": True, "attention": "eager"},
         ),
         ({"per_device_train_batch_size": 2, "max_length": 64}, {"rows": 2, "length": 64}),
-        ({"per_device_train_batch_size": 2, "max_length": 64, "packing": True}, {"rows": 1, "length": 128}),
-        ({"per_device_train_batch_size": 2, "max_length": 64, "padding_free": True}, {"rows": 1, "length": 128}),
+        ({"packing": True}, {"joined": True}),
+        ({"packing": True, "packing_strategy": "wrapped"}, {"joined": False}),
+        ({"padding_free": True}, {"joined": True}),
         ({"unfrozen_last_layers": 2}, {"unfrozen_parameters": (r"^model\.layers\.(2|3)\.",)}),
         ({"unfrozen_modules": ["lm_head"]}, {"unfrozen_parameters": (r"\blm_head(\.weight|\.bias)?$",)}),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,6 +137,28 @@ def test_proposes_several_changes_where_one_is_not_enough(small: Blueprint) -> N
 
 def test_proposes_nothing_where_nothing_fits(tiny: Blueprint) -> None:
     assert proposals(Settings(Workload(tiny, (r"layers\.2\.",), rows=1, length=8)), 1000) == []
+
+
+def test_of_joined_rows_flash_attention_reads_each_alone(small: Blueprint) -> None:
+    """The others compute what they mask."""
+    apart = Workload(small, rows=4, length=64)
+
+    def flops(**options: Any) -> int:
+        return dry_run(replace(apart, **options), "ddp", False).flops
+
+    tokens, width, layers = 4 * 64, small.config.hidden_size, small.config.num_hidden_layers
+    product = 2 * tokens * tokens * width  # of queries with keys, or of what they weigh
+    seen = layers * (2 + 5) * product  # forward; and backward, which makes the first again
+    assert flops(joined=True, attention="flash_attention_2") == flops(attention="flash_attention_2") == flops()
+    assert flops(joined=True) - flops() == pytest.approx(seen * 3 / 4, rel=0.02)  # and the head: 3 tokens more
+
+
+def test_proposes_smaller_batches_of_joined_rows(small: Blueprint) -> None:
+    work = Workload(small, rows=8, length=64, joined=True, checkpointing=True)
+    budget = plan(Settings(replace(work, rows=4), accumulation=2)).total
+    proposal = proposals(Settings(work), budget)[0]
+    assert proposal.changes == ("--per_device_train_batch_size 4 --gradient_accumulation_steps 2",)
+    assert proposal.plan.settings.work.joined
 
 
 def test_picks_as_many_last_layers_as_fit(six_layers: Blueprint) -> None:

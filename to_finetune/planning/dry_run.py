@@ -162,10 +162,9 @@ def _dry_run(work: Workload, passes: str, accumulating: bool) -> DryRun:
         for p in trained:
             p.grad = torch.empty_like(p)
     gradients = [p.grad for p in trained if p.grad is not None]
-    batch = {
-        name: torch.ones(work.rows, work.length, dtype=torch.int64)
-        for name in ("input_ids", "attention_mask", "labels")
-    }
+    masked = work.attention in _WITH_MASKS  # else flash attention parts joined rows, as those of a batch
+    shape = (1, work.rows * work.length) if work.joined and masked else (work.rows, work.length)
+    batch = {name: torch.ones(shape, dtype=torch.int64) for name in ("input_ids", "attention_mask", "labels")}
     autocast = work.mixed_precision and passes in ("ddp", "fsdp2")  # DeepSpeed casts the model instead
     precision = torch.autocast("cpu", getattr(torch, str(work.mixed_precision))) if autocast else nullcontext()
     there = [*gradients, *batch.values()]
@@ -185,7 +184,7 @@ def _dry_run(work: Workload, passes: str, accumulating: bool) -> DryRun:
 
 def _model(work: Workload, sharded: bool) -> Any:
     """The model as `prepare_model` makes it, or as it computes where the layout shards it; on fake tensors."""
-    attention = work.attention if work.attention in (None, "eager", "sdpa") else _FLASH
+    attention = work.attention if work.attention in _WITH_MASKS else _FLASH
     computing = getattr(torch, work.mixed_precision) if sharded and work.mixed_precision else None
     model = AutoModelForCausalLM.from_config(
         copy.deepcopy(work.model.config),
@@ -274,6 +273,7 @@ def _flash(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: A
     return sdpa_attention_forward(module, query, key, value, None, **kwargs)
 
 
+_WITH_MASKS = (None, "eager", "sdpa")
 # Flash attention keeps what torch's own does, and no mask; it is not installed where a plan is made.
 _FLASH = "to_finetune_maskless"  # a name with "flash" in it would be looked for on the hub
 AttentionInterface.register(_FLASH, _flash)

@@ -63,6 +63,7 @@ class Workload:
         unfrozen_parameters: patterns as `select_trainable` takes them; None trains everything.
         rows: `per_device_train_batch_size`.
         length: tokens of a row; every row is taken to be this long.
+        joined: all rows pass as one, as with `packing` and `padding_free`.
         mixed_precision: "bfloat16" or "float16" as with --bf16 and --fp16; the trained weights are then float32.
         dtype: of the loaded weights; None for that of the mixed precision, else float32.
         checkpointing: `gradient_checkpointing`.
@@ -76,6 +77,7 @@ class Workload:
     unfrozen_parameters: tuple[str, ...] | None = None
     rows: int = 8
     length: int = 1024
+    joined: bool = False
     mixed_precision: Literal["bfloat16", "float16"] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     checkpointing: bool = False

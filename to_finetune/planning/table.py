@@ -139,4 +139,5 @@ def _state(settings: Settings) -> str:
 def _activations(plan: Plan) -> str:
     work = plan.settings.work
     checkpointing = "with" if work.checkpointing else "without"
-    return f"{work.rows} x {work.length} tokens, {checkpointing} gradient checkpointing"
+    joined = " in one row" if work.joined else ""
+    return f"{work.rows} x {work.length} tokens{joined}, {checkpointing} gradient checkpointing"

@@ -71,15 +71,13 @@ def settings_of(
     model = load_blueprint(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
     optimizer, options = _optimizer(args)
     patterns = None if model_args.use_peft else model_args.patterns(skeleton(model))
-    length, batch = args.max_length, args.per_device_train_batch_size
-    if args.padding_free or (args.packing and args.packing_strategy.startswith("bfd")):
-        length, batch = length * batch, 1  # TRL puts all rows into one
     return Settings(
         Workload(
             model,
             None if patterns is None else tuple(patterns),
-            rows=batch,
-            length=length,
+            rows=args.per_device_train_batch_size,
+            length=args.max_length,
+            joined=args.padding_free or (args.packing and args.packing_strategy.startswith("bfd")),
             mixed_precision="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
             dtype=model_args.dtype,  # type: ignore[arg-type]
             checkpointing=bool(args.gradient_checkpointing),
