@@ -25,6 +25,11 @@ def test_every_verb_explains_itself_without_torch(verb: str) -> None:
     assert f"usage: to-finetune {verb}" in shown.stdout
 
 
+def test_a_page_is_made_without_torch() -> None:
+    code = "import sys, to_finetune.report.page; assert 'torch' not in sys.modules, 'imports torch for a page'"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 def test_the_help_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["--help"])

@@ -119,7 +119,7 @@ def test_it_says_what_it_wrote_and_what_it_compared(
     for words in (
         f"base {llama}",
         f"trained 9 tensors of {run.folder}, rounded to bfloat16",
-        f"written {tmp_path / 'm'}, bfloat16, {size / 1000:.1f} kB",
+        f"written {tmp_path / 'm'}, bfloat16, {size / 1000:.2f} kB",
         "its 19,072 logits of 64 tokens are bit for bit those of the base with the trained part in memory",
     ):
         assert words.replace(" ", "") in said

@@ -16,10 +16,10 @@ from transformers import LlamaConfig
 
 from to_finetune.cli import main
 from to_finetune.optim import DiagonalTO, FullTO, RankOneTO
-from to_finetune.planning import GPUS, UTILISATION, CannotSay, Lora, load_blueprint, parse_size, plan
-from to_finetune.planning.table import duration, format_size
+from to_finetune.planning import GPUS, UTILISATION, CannotSay, Lora, load_blueprint, plan
 from to_finetune.training import memory
 from to_finetune.training.plan import parse_for_plan, settings_of, steps
+from to_finetune.units import format_size, parse_size
 
 from .helpers import Run, flags
 
@@ -314,30 +314,6 @@ def test_steps_are_counted_as_the_trainer_does(
     loader = run.trainer.get_train_dataloader()
     expected = run.trainer.set_initial_training_values(run.trainer.args, loader)
     assert steps(run.trainer.args, 1, rows) in expected
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [(0.4, "0 s"), (59, "59 s"), (61, "1 min"), (3599, "1 h 0 min"), (12_000, "3 h 20 min"), (187_000, "2 d 3 h")],
-)
-def test_durations(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
-
-
-@pytest.mark.parametrize(
-    ("count", "said"),
-    [
-        (0, "0 bytes"),
-        (99, "99 bytes"),
-        (512, "0.51 kB"),
-        (2_000_000, "2.00 MB"),
-        (699_000_000, "0.70 GB"),
-        (21.4e9, "21.40 GB"),
-        (1.5e12, "1.50 TB"),
-    ],
-)
-def test_sizes_in_print(count: float, said: str) -> None:
-    assert format_size(count) == said
 
 
 # Print

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from to_finetune.cli import main
 from to_finetune.model import load_finetuned
 from to_finetune.model.card import is_hub_name, model_card, without_paths
-from to_finetune.model.run import FinetunedRun, read_run
+from to_finetune.model.run import FinetunedRun, find_run
 from to_finetune.report.push import push
 from to_finetune.training.arguments import without_secrets
 
@@ -193,7 +193,7 @@ def test_a_dry_run_shows_what_would_go_and_asks_nothing(
     assert f"Look at it in {run.folder / 'hub'}" in shown.replace("\n", "")
     rows = dict(re.findall(r"│ (\S+) +│ +([\d.]+ \w+) │", shown))
     assert rows.keys() == TRAINED | {"trained.safetensors", "all"}
-    assert rows["trained.safetensors"] == f"{(run.folder / 'hub' / 'trained.safetensors').stat().st_size / 1000:.1f} kB"
+    assert rows["trained.safetensors"] == f"{(run.folder / 'hub' / 'trained.safetensors').stat().st_size / 1000:.2f} kB"
     assert hub.asked == []
 
 
@@ -452,9 +452,9 @@ def test_the_repository_must_be_named() -> None:
 def test_a_damaged_record_is_refused(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(run.folder / "trained.safetensors", tmp_path)
     (tmp_path / "run.json").write_text('{"status": ')
-    assert read_run(str(run.folder)) is not None
+    assert find_run(str(run.folder)) is not None
     assert main(["push", str(tmp_path), "--repo_id", "me/tiny", "--dry_run"]) == 2
-    assert "run.json is damaged." in capsys.readouterr().err
+    assert "run.json is damaged (JSONDecodeError" in capsys.readouterr().err
 
 
 def test_a_runs_own_push_to_hub_goes_the_same_way(finetune: Callable[..., Run], tmp_path: Path, hub: Hub) -> None:

@@ -20,16 +20,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from to_finetune.errors import UsageError
-from to_finetune.model import select, select_trainable
-from to_finetune.model.select import (
-    ScoredTensor,
-    last_layers,
-    modules,
-    read_yaml,
-    select_by_snr,
-    signal_to_noise,
-    write_yaml,
-)
+from to_finetune.model import select_trainable, spectrum
+from to_finetune.model.select import last_layers, modules, read_yaml
+from to_finetune.model.spectrum import ScoredTensor, select_by_snr, signal_to_noise, write_yaml
 from to_finetune.report.subset_map import plot_subset, subset_table
 
 from .test_subset import NORMS, PROJECTIONS, of_layers
@@ -377,7 +370,7 @@ def test_one_matrix_at_a_time_from_sharded_files(llama: Path, tmp_path: Path, mo
 
     folder = in_two_shards(llama, tmp_path / "model")
     whole = select_by_snr(llama, 0.5)
-    monkeypatch.setattr(select, "safe_open", Recorded)
+    monkeypatch.setattr(spectrum, "safe_open", Recorded)
     calls: list[tuple[int, int, str]] = []
     assert select_by_snr(folder, 0.5, progress=lambda *call: calls.append(call)) == whole
     assert sorted(read) == sorted(t.name for t in whole)
@@ -401,8 +394,8 @@ def test_a_model_in_the_hubs_cache(llama: Path, tmp_path: Path, monkeypatch: pyt
     shutil.copytree(llama, repository / "snapshots" / "abc")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
-    original = select.snapshot_download
-    monkeypatch.setattr(select, "snapshot_download", lambda *a, **k: original(*a, **k, cache_dir=tmp_path))
+    original = spectrum.snapshot_download
+    monkeypatch.setattr(spectrum, "snapshot_download", lambda *a, **k: original(*a, **k, cache_dir=tmp_path))
     assert select_by_snr("someone/llama", 0.25) == select_by_snr(llama, 0.25)
 
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from to_finetune.cli import main
 from to_finetune.model import select_trainable
-from to_finetune.model.select import read_yaml, select_by_snr
+from to_finetune.model.select import read_yaml
+from to_finetune.model.spectrum import select_by_snr
 
 Select = Callable[..., tuple[int, str]]
 PROJECTIONS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]

@@ -25,6 +25,7 @@ from to_finetune.errors import RunError, UsageError
 from to_finetune.report.page import write_report
 from to_finetune.report.plot import plot_losses
 from to_finetune.report.push import check_push, push
+from to_finetune.runs import CONFIG, RECORD, last_checkpoint
 from to_finetune.training.arguments import (
     DataArguments,
     FinetuneArguments,
@@ -44,7 +45,7 @@ from to_finetune.training.launch import check_processes, sigterm_interrupts
 from to_finetune.training.memory import RunMemory
 from to_finetune.training.prepare import data_report, prepare_data, prepare_model, prepare_trainer, settle_learning_rate
 from to_finetune.training.proofs import check_saved
-from to_finetune.training.record import RunRecord, last_checkpoint, resume_point, summarise
+from to_finetune.training.record import RunRecord, resume_point, summarise
 from to_finetune.training.traces import SampleAnswers, SlopeTrace, write_parameters
 from to_finetune.training.trainer import TOSFTTrainer
 
@@ -130,7 +131,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
             samples.take("after")
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
-            conclude(trainer, record, status="interrupted", checkpoint=last_checkpoint(str(record.folder)))
+            conclude(trainer, record, status="interrupted", checkpoint=last_checkpoint(record.folder))
         else:
             conclude(trainer, record, status="failed", error=f"{type(error).__name__}: {error}")
         raise
@@ -175,7 +176,7 @@ def conclude(trainer: TOSFTTrainer, record: RunRecord, **outcome: Any) -> None:
 def interrupted(trainer: TOSFTTrainer, record: RunRecord, signals: SaveOnSignal, console: Console) -> int:
     """Say where the run can go on from; returns the shell's exit code for the signal."""
     assert signals.stopped is not None
-    last = last_checkpoint(str(record.folder))
+    last = last_checkpoint(record.folder)
     conclude(trainer, record, status="interrupted", checkpoint=last)
     console.print(f"{signals.stopped.name}: saved {last}. Go on with --resume_from_checkpoint true.", markup=False)
     trainer.args.distributed_state.wait_for_everyone()  # torchrun ends all others when the first one leaves
@@ -191,7 +192,7 @@ def summary(results: dict[str, Any], record: RunRecord) -> Table:
         if value is not None:
             table.add_row(name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
     weights = ("trained.safetensors", "adapter_model.safetensors")
-    for file in (*weights, "run.json", "config.yaml", "loss.png", "report.html"):
+    for file in (*weights, RECORD, CONFIG, "loss.png", "report.html"):
         if (record.folder / file).exists():
             table.add_row(file.split(".")[0], Text(str(record.folder / file)))
     return table

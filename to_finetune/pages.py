@@ -1,4 +1,4 @@
-"""Pages from templates: everything that is put in is escaped, and what is missing is an error."""
+"""Text from templates: what is put into HTML is escaped, and what is missing is an error."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, select_autoescape
 
 
 @cache
-def template(file: Path, **filters: Callable[..., str]) -> Template:
+def template(file: Path, **filters: Callable[..., object]) -> Template:
     """The Jinja template in `file`, with `filters` beside Jinja's own."""
     environment = Environment(
         loader=FileSystemLoader(file.parent),
-        autoescape=True,
+        autoescape=select_autoescape(),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -20,7 +20,6 @@ from to_finetune.planning import (
     Settings,
     Workload,
     load_blueprint,
-    parse_size,
     pick_subset,
     plan,
     plan_table,
@@ -29,6 +28,7 @@ from to_finetune.planning import (
 )
 from to_finetune.planning.dry_run import dry_run
 from to_finetune.planning.fit import _quantized_base
+from to_finetune.units import parse_size
 
 LAST_TWO = (r"model\.layers\.(30|31)\.",)
 TRAINED = 404_766_720
@@ -181,20 +181,6 @@ def test_picks_everything_or_nothing(tiny: Blueprint) -> None:
     assert everything is not None
     assert everything.plan.trained_weights == everything.plan.total_weights
     assert pick_subset(settings, 1000) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("24GB", 24 * 10**9), ("24 gb", 24 * 10**9), ("80GiB", 80 * 2**30), ("1.5TB", 15 * 10**11), ("512MiB", 2**29)],
-)
-def test_sizes(text: str, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["24", "24G", "GB", "-1GB", "0GB", "24 GB RAM", ""])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(UsageError, match="is not a size"):
-        parse_size(text)
 
 
 def test_time_and_cost(recipe: Settings) -> None:

@@ -18,12 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
-    from rich.filesize import decimal
     from rich.table import Table
     from rich.text import Text
     from transformers.utils import logging
 
     from to_finetune.model.merge import TOKENS, merge
+    from to_finetune.units import format_size
 
     logging.disable_progress_bar()
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows = {
         "base": base.model_name_or_path + (f" at {base.revision}" if base.revision else ""),
         "trained": f"{merged.trained} tensors of {arguments.folder}{rounded}",
-        "written": f"{merged.folder}, {name}, {decimal(merged.bytes)}",
+        "written": f"{merged.folder}, {name}, {format_size(merged.bytes)}",
         "checked": f"read again, its {merged.logits:,} logits of {TOKENS} tokens are bit for bit those of the base "
         "with the trained part in memory",
     }

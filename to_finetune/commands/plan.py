@@ -72,8 +72,9 @@ def find(arguments: argparse.Namespace) -> Answer:
     Raises:
         UsageError: for flags that cannot be, a model that is not there, and what cannot be planned.
     """
-    from to_finetune.planning import check_gpu, parse_size, pick_subset, plan, proposals, speed
+    from to_finetune.planning import check_gpu, pick_subset, plan, proposals, speed
     from to_finetune.training.plan import choice_of, parse_for_plan, settings_of
+    from to_finetune.units import parse_size
 
     _check(arguments)
     if arguments.gpu is not None:

@@ -21,11 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import transformers
     from rich.console import Console
-    from rich.filesize import decimal
     from rich.table import Table
     from rich.text import Text
 
     from to_finetune.report.push import push
+    from to_finetune.units import format_size
 
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
@@ -35,9 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
     table.add_column("file")
     table.add_column("size", justify="right")
     for name, size in pushed.sizes.items():
-        table.add_row(Text(name), decimal(size))
+        table.add_row(Text(name), format_size(size))
     table.add_section()
-    table.add_row("all", decimal(sum(pushed.sizes.values())), style="bold")
+    table.add_row("all", format_size(sum(pushed.sizes.values())), style="bold")
     console = Console()
     console.print(table)
     console.print(f"Look at it in {pushed.where}" if arguments.dry_run else pushed.where, soft_wrap=True, markup=False)

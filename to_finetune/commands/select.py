@@ -11,7 +11,7 @@ from to_finetune.errors import UsageError
 from to_finetune.files import check_place
 
 if TYPE_CHECKING:
-    from to_finetune.model.select import ScoredTensor
+    from to_finetune.model.spectrum import ScoredTensor
 
 WAYS = ("last_layers", "modules", "snr", "parameters")
 
@@ -37,13 +37,14 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    from to_finetune.model.select import chosen_patterns, write_names, write_yaml
+    from to_finetune.model.load import without_weights
+    from to_finetune.model.select import chosen_patterns, write_names
+    from to_finetune.model.spectrum import write_yaml
     from to_finetune.model.subset import select_trainable
-    from to_finetune.planning import load_blueprint, skeleton
     from to_finetune.report.subset_map import plot_subset, subset_table
 
     transformers.logging.set_verbosity_error()
-    model = skeleton(load_blueprint(arguments.model_name_or_path))
+    model = without_weights(arguments.model_name_or_path)
     scored = None if arguments.snr is None else score(arguments)
     if scored is not None:
         trained = [tensor.name for tensor in scored if tensor.chosen]
@@ -95,7 +96,7 @@ def score(arguments: argparse.Namespace) -> list[ScoredTensor]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from to_finetune.model.select import select_by_snr
+    from to_finetune.model.spectrum import select_by_snr
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True)) as bar:

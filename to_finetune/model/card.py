@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-import jinja2
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from to_finetune.data.load import BUILDERS
 from to_finetune.model.run import FinetunedRun
+from to_finetune.pages import template
+from to_finetune.runs import what_trains
 
-CHOICE = ("unfrozen_", "use_peft", "lora_", "load_in_")  # how the settings begin that say what trains
 LOSSES = {  # in run.json -> the row of the card
     "eval_loss": "held out",
     "train_loss_mean": "training, mean over the run",
@@ -57,10 +56,7 @@ def model_card(
     def linked(name: str, kind: str = "") -> str:
         return f"[{name}](https://huggingface.co/{kind}{name})" if name in on_hub else f"`{name}`"
 
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters["exp"] = math.exp
-    template = files("to_finetune.model").joinpath("card.md.jinja").read_text(encoding="utf-8")
-    text = environment.from_string(template).render(
+    text = template(Path(__file__).with_name("card.md.jinja"), exp=math.exp).render(
         head=head.to_yaml(),
         repo_id=repo_id,
         part=part,
@@ -71,7 +67,7 @@ def model_card(
         linked=linked,
         config=config,
         options=config.get("optim_args") or {},
-        choice={key: as_list(value) for key, value in config.items() if key.startswith(CHOICE)},
+        choice={key: as_list(value) for key, value in what_trains(config).items()},
         record={"subset": None, "versions": {}, **run.record},
         results={"train_seconds": None, "processes": None, **results},
         losses=losses,

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from to_finetune.errors import RunError, UsageError, did_you_mean
 from to_finetune.files import check_place
 from to_finetune.model.load import load_finetuned
-from to_finetune.model.run import read_run
+from to_finetune.model.run import find_run
 from to_finetune.model.trained import Base, read_trained
 
 TOKENS = 64  # whose logits are compared
@@ -59,7 +59,7 @@ def merge(
         RunError: when the written model gives other logits than the one in memory; nothing is left.
     """
     folder, output = Path(run), Path(output_dir).resolve()
-    found = read_run(str(run))
+    found = find_run(str(run))
     if found is None:
         siblings = [str(path) for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
         what = "holds nothing that was trained" if folder.is_dir() else "is no folder"

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from to_finetune.data.prompts import PromptForm
 from to_finetune.errors import UsageError
 from to_finetune.model.load import load_base, load_model, load_tokenizer
-from to_finetune.model.run import read_run
+from to_finetune.model.run import find_run
 from to_finetune.model.trained import load_trained, read_trained
 
 
@@ -87,7 +87,7 @@ def open_model(
     Raises:
         UsageError: when there is no such model, or no base where one is needed.
     """
-    run = read_run(name)
+    run = find_run(name)
     if dtype is None:
         dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     if with_base and (run is None or (run.part == "whole" and not run.base)):

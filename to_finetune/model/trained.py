@@ -111,8 +111,8 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
         raise RunError(f"{len(broken)} trained tensors are not finite, {broken[0]} first; not saved. Lower the rates.")
 
 
-def load_trained(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
-    """Copy the tensors that `save_trained` wrote onto `model`, in its own dtype; returns the names they are saved by.
+def load_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Copy the tensors that `save_trained` wrote onto `model`, in its own dtype.
 
     Raises:
         UsageError: for a missing or damaged file, and for a tensor that does not fit the model.
@@ -129,7 +129,6 @@ def load_trained(model: nn.Module, folder: str | os.PathLike[str]) -> list[str]:
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[names[name]].copy_(tensor)
-    return list(tensors)
 
 
 def read_trained(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Base]:

@@ -216,18 +216,8 @@ def full_history_product(corrections: Tensor, weights: Tensor, w: Tensor) -> Ten
     return -(corrections.mT @ (weights @ w))
 
 
-def rms_normalized(g: Tensor) -> tuple[Tensor, Tensor]:
-    """(ours) ``g`` divided by its own root mean square, and the share of one element in it.
-
-    Returns the normalised gradient, zeros for a gradient of zeros, and ``max|g| / ||g||``, 0-dim: 1 when one huge
-    element has silenced all the others, ``1/sqrt(n)`` when all are alike.
-    """
-    norm = sum_of_squares(g).sqrt()
-    return g * rms_factor(norm, g.numel()).to(g.dtype), _divide(g.abs().amax(), norm).to(g.dtype)
-
-
 def rms_factor(norm: Tensor, n: float | Tensor) -> Tensor:
-    """One over the root mean square of n elements with this norm, in the norm's dtype."""
+    """(ours) One over the root mean square of n elements with this norm, in the norm's dtype; 0 for none."""
     return _divide(n**0.5, norm)
 
 

@@ -125,7 +125,7 @@ def layout_of(p: Tensor, index: int, known: Given) -> Layout:
     if any(hasattr(q, "_z3_optimizer") for q in originals):
         return _layout_of_zero3(p, originals, known)
     if any(hasattr(q, "_hp_mapping") for q in originals):
-        return _layout_of_zero(p, originals, known)
+        return _layout_of_zero(originals, known)
     if index < len(known.shapes) and known.shapes[index].numel() == p.numel():  # moved to another device, or cast
         return _whole(p, known.begin + index)
     raise RuntimeError(
@@ -289,7 +289,7 @@ def _layout_of_dtensor(p: DTensor, position: int) -> Layout:
     return Layout([run], tuple(mesh.get_group(i) for i in sharded))
 
 
-def _layout_of_zero(p: Tensor, originals: Sequence[Any], known: Given) -> Layout:
+def _layout_of_zero(originals: Sequence[Any], known: Given) -> Layout:
     """ZeRO-1 and 2: this process's partition of the group's parameters, end to end."""
     runs = []
     for q in originals:

@@ -1,19 +1,10 @@
 """Memory, time and cost before a run."""
 
-from to_finetune.planning.dry_run import skeleton
 from to_finetune.planning.fit import Choice, Proposal, pick_subset, proposals
 from to_finetune.planning.memory import Plan, plan
 from to_finetune.planning.settings import LAYOUTS, Blueprint, CannotSay, Lora, Settings, Workload, load_blueprint
 from to_finetune.planning.speed import GPUS, UTILISATION, Speed, check_gpu, speed
-from to_finetune.planning.table import (
-    format_size,
-    parse_size,
-    plan_line,
-    plan_table,
-    proposals_text,
-    speed_text,
-    verdict,
-)
+from to_finetune.planning.table import plan_line, plan_table, proposals_text, speed_text, verdict
 
 __all__ = [
     "GPUS",
@@ -29,16 +20,13 @@ __all__ = [
     "Speed",
     "Workload",
     "check_gpu",
-    "format_size",
     "load_blueprint",
-    "parse_size",
     "pick_subset",
     "plan",
     "plan_line",
     "plan_table",
     "proposals",
     "proposals_text",
-    "skeleton",
     "speed",
     "speed_text",
     "verdict",

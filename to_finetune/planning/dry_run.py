@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from to_finetune.errors import UsageError
 from to_finetune.model.adapters import lora_config, with_adapters
-from to_finetune.model.skeleton import skeleton_of, without_zero3
+from to_finetune.model.skeleton import without_zero3
 from to_finetune.model.subset import keep_trained_in_float32, select_trainable
-from to_finetune.planning.settings import Blueprint, CannotSay, Lora, Workload
+from to_finetune.planning.settings import CannotSay, Lora, Workload
 
 aten = torch.ops.aten
 GPU_BLOCK = 512  # bytes; CUDA's allocator rounds up to it
@@ -136,18 +136,6 @@ def dry_run(work: Workload, passes: str, accumulating: bool) -> DryRun:
     except Exception as error:  # whatever a model's code does that fake tensors cannot
         reason = shorten(f"{type(error).__name__}: {error}", 300)
         raise CannotSay(f"{work.model.name}: a training step cannot be run without data ({reason}).") from error
-
-
-def skeleton(model: Blueprint) -> PreTrainedModel:
-    """The model on the meta device: its names and shapes.
-
-    Raises:
-        UsageError: for a configuration that is not a causal language model's.
-    """
-    try:
-        return skeleton_of(copy.deepcopy(model.config), trust_remote_code=model.trust_remote_code)
-    except ValueError as error:
-        raise UsageError(f"{model.name} is no causal language model: {shorten(str(error), 300)}") from error
 
 
 def _dry_run(work: Workload, passes: str, accumulating: bool) -> DryRun:
@@ -306,18 +294,12 @@ def _addmm_flop(acc: Any, a: Sequence[int], b: Sequence[int], *args: Any, **kwar
     return 2 * a[0] * a[1] * b[1]
 
 
-def _attention_flop(*shapes: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(*shapes[:3])
-
-
-def _attention_backward_flop(*shapes: Any, **kwargs: Any) -> int:
-    return sdpa_backward_flop_count(*shapes[:4])
-
-
 # torch's table, and what it lacks.
 _FLOPS = flop_registry | {
     aten.addmm: shape_wrapper(_addmm_flop),
     aten.addmm_: shape_wrapper(_addmm_flop),
-    aten._scaled_dot_product_flash_attention_for_cpu: shape_wrapper(_attention_flop),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_attention_backward_flop),
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
 }

@@ -6,10 +6,12 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import get_args
 
 from to_finetune.errors import UsageError
-from to_finetune.model.select import last_layers, layer_list, modules
+from to_finetune.layers import layer_list
+from to_finetune.model.quantized import Quantization
+from to_finetune.model.select import last_layers, modules
 from to_finetune.optim import TrainableOptimizer
 from to_finetune.planning.dry_run import dry_run
 from to_finetune.planning.memory import Plan, plan
@@ -153,7 +155,6 @@ def _smaller_state(settings: Settings) -> list[Level]:
 
 
 def _quantized_base(settings: Settings) -> list[Level]:
-    formats: tuple[Literal["8bit", "4bit"], ...] = ("8bit", "4bit")
     work = settings.work
     everything_trains = work.unfrozen_parameters is None and work.lora is None
     if settings.is_sharded or everything_trains or work.quantization == "4bit":
@@ -161,7 +162,7 @@ def _quantized_base(settings: Settings) -> list[Level]:
     instead = "" if work.quantization is None else f"--load_in_{work.quantization} false "
     return [
         (f"{instead}--load_in_{name} true", replace(settings, work=replace(work, quantization=name)))
-        for name in formats
+        for name in get_args(Quantization)
         if name != work.quantization
     ]
 

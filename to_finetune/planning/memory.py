@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from to_finetune.model.select import layer_list, layer_of
+from to_finetune.layers import layer_list, layer_of
 from to_finetune.optim import DiagonalTO, RankOneTO
 from to_finetune.planning.dry_run import DryRun, Weight, dry_run
 from to_finetune.planning.settings import Settings

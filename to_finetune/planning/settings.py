@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from to_finetune.errors import UsageError, did_you_mean
 from to_finetune.model.load import load_config
+from to_finetune.model.quantized import Quantization
 from to_finetune.optim import DiagonalTO
 
 # The files of configs/accelerate; one process trains the same way under `ddp`.
@@ -82,7 +83,7 @@ class Workload:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     checkpointing: bool = False
     attention: str | None = None
-    quantization: Literal["8bit", "4bit"] | None = None
+    quantization: Quantization | None = None
     lora: Lora | None = None
     device: Literal["cuda", "cpu"] = "cuda"
 

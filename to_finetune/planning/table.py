@@ -1,42 +1,19 @@
-"""A plan in print, and sizes as people write them."""
+"""A plan in print."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
 from rich.table import Table
 from rich.text import Text
 
-from to_finetune.errors import UsageError
 from to_finetune.optim import TrainableOptimizer
 from to_finetune.planning.fit import Proposal
 from to_finetune.planning.memory import Plan
 from to_finetune.planning.settings import Settings
 from to_finetune.planning.speed import UTILISATION, Speed
-
-UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """``24GB`` (10^9 bytes each) or ``24GiB`` (2^30) as bytes.
-
-    Raises:
-        UsageError: for anything else.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)B", text.strip().upper())
-    if not match or not float(match[1]):
-        raise UsageError(f"{text!r} is not a size: a number and a unit, such as 24GB or 80GiB.")
-    return int(float(match[1]) * UNITS[match[2]])
-
-
-def format_size(count: float) -> str:
-    """Bytes in decimal units, to a hundredth: 24.00 GB."""
-    for unit in ("T", "G", "M", "K"):
-        if abs(count) >= 0.1 * UNITS[unit] and (unit != "T" or count >= UNITS["T"]):
-            return f"{count / UNITS[unit]:.2f} {'k' if unit == 'K' else unit}B"
-    return f"{count:.0f} bytes"
+from to_finetune.units import duration, format_size
 
 
 def plan_table(plan: Plan) -> Table:
@@ -109,17 +86,6 @@ def speed_text(speed: Speed, plan: Plan, gpu: str) -> Text:
             text.append(" and cost ").append(f"{speed.cost:,.2f}", "bold")
     assumed = f"at {UTILISATION:.0%} of what the data sheet says, padding included"
     return text.append(f" ({assumed})", "dim")
-
-
-def duration(seconds: float) -> str:
-    """In the two largest units: 3 h 20 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    for unit, size, part, smaller in (("d", 1440, "h", 60), ("h", 60, "min", 1)):
-        if minutes >= size:
-            return f"{minutes // size} {unit} {minutes % size // smaller} {part}"
-    return f"{minutes} min"
 
 
 def _unit(plan: Plan) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from to_finetune.model.select import layer_list, layer_of
+from to_finetune.layers import layer_list, layer_of
 from to_finetune.report.charts import Box, Chart, Series, Tick, boxes, curves, number
 from to_finetune.report.run import Slopes, TensorSlope
 from to_finetune.report.subset_map import headline, in_words, labelled, layers_and_rows, row_label

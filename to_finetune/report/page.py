@@ -13,19 +13,18 @@ from markupsafe import Markup, escape
 from to_finetune import __version__
 from to_finetune.errors import UsageError
 from to_finetune.files import write_whole
-from to_finetune.optim.slopes import SAMPLE
 from to_finetune.pages import template
-from to_finetune.planning import format_size
 from to_finetune.report.charts import Chart, Series, curves
 from to_finetune.report.maps import Grid, slopes_view, subset_grid
 from to_finetune.report.plot import COLOURS, series
 from to_finetune.report.run import RunData, read_run, read_runs
+from to_finetune.runs import what_trains
+from to_finetune.units import duration, format_size
 
 __all__ = ["RunData", "read_run", "write_report"]
 
 # The same hues, light enough for a dark ground.
 DARK_COLOURS = ("#56ace6", "#f2894b", "#35c49b", "#e59fc7", "#f0bd52", "#a9dcf7")
-CHOICES = ("unfrozen_parameters", "unfrozen_last_layers", "unfrozen_modules", "use_peft", "lora_r", "load_in_4bit")
 MEASURED = {
     "allocated": "Measured is what torch gave out, without CUDA's own context.",
     "resident": "Measured is by how much the process grew, libraries and all.",
@@ -73,7 +72,7 @@ def html(runs: Sequence[RunData]) -> str:
         samples=_samples(runs, views),
         held_out_samples=any(run.held_out_samples for run in runs),
         memory_scale=max((m for run in runs for m in _all_bytes(run)), default=0),
-        sample=SAMPLE,
+        sample=next((run.slopes.sample for run in runs if run.slopes), None),
         version=__version__,
     )
 
@@ -86,14 +85,6 @@ class Metric(NamedTuple):
     form: Callable[[float], str]
     difference: Callable[[float, float], str]  # of a run's from the baseline's
     best: Callable[[Iterable[float]], float] | None  # None where neither more nor less is better
-
-
-def duration(seconds: float) -> str:
-    """8.3 s, 1 min 05 s, 2 h 03 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def _minus(own: float, base: float) -> str:
@@ -203,8 +194,7 @@ def _facts(run: RunData) -> list[tuple[str, str]]:
 
 
 def _trained(run: RunData) -> str:
-    said = {key: run.config[key] for key in CHOICES if run.config.get(key)}
-    how = "; ".join(f"{key} {_plain(value)}" for key, value in said.items())
+    how = "; ".join(f"{key} {_plain(value)}" for key, value in what_trains(run.config).items())
     if run.parameters is None:
         return how
     sizes, trained = run.parameters.sizes, run.parameters.trained

@@ -18,9 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import safe_open, save_file
 
 from to_finetune.errors import RunError, UsageError
+from to_finetune.files import write_json
 from to_finetune.model.card import model_card, public_recipe, without_paths
-from to_finetune.model.run import FinetunedRun, read_run
+from to_finetune.model.run import FinetunedRun, find_run
 from to_finetune.report.plot import plot_losses
+from to_finetune.runs import CONFIG, RECORD
 from to_finetune.training.record import summarise
 
 WEIGHTS = {  # by what was trained
@@ -60,7 +62,7 @@ def push(
         UsageError: for what is no run, a name that the hub does not take, and without a token.
         RunError: when the hub cannot be reached, or refuses.
     """
-    run = read_run(name)
+    run = find_run(name)
     if run is None:
         what = "is no run with trained weights" if Path(name).exists() else "is no folder"
         raise UsageError(f"{name!r} {what}.")
@@ -108,15 +110,15 @@ def write_folder(run: FinetunedRun, folder: Path, repo_id: str, merged: bool = F
     if run.history:
         label = run.config.get("optim", "training")
         plot_losses({label: run.history}, folder / "loss.png", title=repo_id)
-    is_end = (run.folder / "run.json").exists()
+    is_end = (run.folder / RECORD).exists()
     results = run.record.get("results") if is_end else None
     card = model_card(run, results or summarise(run.history), repo_id, merged, picture=bool(run.history))
     card.save(folder / "README.md")
     if run.config:
-        (folder / "config.yaml").write_text(public_recipe(run.config), encoding="utf-8")
+        (folder / CONFIG).write_text(public_recipe(run.config), encoding="utf-8")
     if run.record and is_end:
         public = {key: run.record[key] for key in PUBLIC if key in run.record}
-        (folder / "run.json").write_text(json.dumps(public, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / RECORD, public)
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
@@ -132,12 +134,11 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _write_public_json(path: Path) -> None:
-    """Replace paths in a file of settings; the link's other name keeps its own."""
+    """Replace paths in a file of settings; the link's other name keeps its own, for a new file takes this one's."""
     values = json.loads(path.read_text(encoding="utf-8"))
     public = {key: without_paths(value) if "path" in key or "file" in key else value for key, value in values.items()}
     if public != values:
-        path.unlink()
-        path.write_text(json.dumps(public, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, public)
 
 
 def _write_public_tensors(path: Path) -> None:

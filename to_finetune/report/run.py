@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import statistics
@@ -11,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from to_finetune.errors import UsageError, did_you_mean
-from to_finetune.optim.slopes import QUANTILES
+from to_finetune.files import mapping, read
 from to_finetune.report.plot import series
+from to_finetune.runs import CONFIG, RECORD, STATE, last_checkpoint
 
-RUN, STATE = "run.json", "trainer_state.json"
 OPTIMIZERS = {"diagonal_to": "Diagonal TO", "rank_one_to": "RankOne TO", "full_to": "Full TO", "adamw_torch": "AdamW"}
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -46,6 +43,7 @@ class Slopes:
 
     form: str  # diagonal, rank_one
     grad_scale: str | None
+    sample: int  # of a tensor's numbers, at most
     steps: list[int]
     tensors: dict[str, TensorSlope]
 
@@ -120,63 +118,43 @@ def read_run(folder: Path) -> RunData:
     """
     if not folder.is_dir():
         beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
-        names = [path.name for path in beside if (path / RUN).is_file()]
+        names = [path.name for path in beside if (path / RECORD).is_file()]
         raise UsageError(f"{str(folder)!r} is no folder.{did_you_mean(folder.name, names)}")
-    if not (folder / RUN).is_file():
-        inside = sorted(path.parent.name for path in folder.glob(f"*/{RUN}"))
+    if not (folder / RECORD).is_file():
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{RECORD}"))
         there = f" The runs in it are {', '.join(inside)}." if inside else ""
-        raise UsageError(f"{str(folder)!r} holds no {RUN}, so it is no run of finetune.py.{there}")
-    samples = _read(folder / "samples.json", lambda found: (_samples(found), bool(found["held_out"])))
+        raise UsageError(f"{str(folder)!r} holds no {RECORD}, so it is no run of finetune.py.{there}")
+    has_state = (folder / STATE).is_file()  # else it goes on, or was cut short
+    state = (folder if has_state else Path(last_checkpoint(folder) or folder)) / STATE
+    samples = _optional(folder / "samples.json", lambda found: (_samples(found), bool(found["held_out"])))
     return RunData(
         folder,
-        record=_read(folder / RUN, _record) or {},
-        config=_read(folder / "config.yaml", _mapping) or {},
-        history=_read(_last_state(folder), _history) or [],
-        parameters=_read(folder / "parameters.json", _parameters),
-        slopes=_read(folder / "slopes.json", _slopes),
+        record=read(folder / RECORD, _record) or {},
+        config=_optional(folder / CONFIG, mapping) or {},
+        history=_optional(state, _history) or [],
+        parameters=_optional(folder / "parameters.json", _parameters),
+        slopes=_optional(folder / "slopes.json", _slopes),
         samples=samples[0] if samples else [],
         held_out_samples=bool(samples and samples[1]),
     )
 
 
-def _last_state(folder: Path) -> Path:
-    """The Trainer's log of the whole run, or the one of its last checkpoint."""
-    checkpoints = folder.glob(f"checkpoint-*/{STATE}")
-    steps = {path: path.parent.name.rpartition("-")[2] for path in checkpoints}
-    numbered = {path: int(step) for path, step in steps.items() if step.isdigit()}
-    if (folder / STATE).is_file() or not numbered:
-        return folder / STATE
-    return max(numbered, key=numbered.__getitem__)
-
-
-def _read(path: Path, check: Callable[[Any], T]) -> T | None:
-    """A JSON or YAML file, checked; None where there is none."""
-    if not path.is_file():
-        return None
+def _optional(path: Path, check: Callable[[Any], T]) -> T | None:
     try:
-        text = path.read_text(encoding="utf-8")
-        return check(json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))
-    except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        remedy = "" if path.name == RUN else " Without this file the page leaves its part out."
-        raise UsageError(f"{path} is damaged ({reason}).{remedy}") from None
-
-
-def _mapping(found: Any) -> Row:
-    if not isinstance(found, dict):
-        raise TypeError(f"a {type(found).__name__}, not a mapping")
-    return found
+        return read(path, check)
+    except UsageError as error:
+        raise UsageError(f"{error} Without this file the page leaves its part out.") from None
 
 
 def _record(found: Any) -> Row:
-    record = _mapping(found)
+    record = mapping(found)
     for key in ("status", "command"):
         if not isinstance(record[key], str):
             raise TypeError(f"{key} is no text")
     if not shlex.split(record["command"]):
         raise ValueError("command is empty")
     for key in ("results", "proofs", "versions", "memory", "subset"):
-        _mapping(record.setdefault(key, {}))
+        mapping(record.setdefault(key, {}))
     for name, value in record["results"].items():
         if value is not None:
             record["results"][name] = value + 0  # TypeError for what is no number
@@ -188,7 +166,7 @@ def _record(found: Any) -> Row:
 
 def _history(found: Any) -> list[Row]:
     numbers = (int, float)
-    rows = [{k: v for k, v in row.items() if isinstance(v, numbers)} for row in _mapping(found)["log_history"]]
+    rows = [{k: v for k, v in row.items() if isinstance(v, numbers)} for row in mapping(found)["log_history"]]
     return [row for row in rows if "step" in row]
 
 
@@ -208,9 +186,9 @@ def _slopes(found: Any) -> Slopes:
     }
     if any(len(one.sizes) != len(steps) for one in tensors.values()):
         raise ValueError("not as many sizes as steps")
-    if any(len(one.quantiles) not in (0, len(QUANTILES)) for one in tensors.values()):
+    if any(len(one.quantiles) not in (0, len(found["quantiles_at"])) for one in tensors.values()):
         raise ValueError("other quantiles")
-    return Slopes(str(found["form"]), found["grad_scale"], steps, tensors)
+    return Slopes(str(found["form"]), found["grad_scale"], int(found["sample"]), steps, tensors)
 
 
 def _samples(found: Any) -> list[Sample]:

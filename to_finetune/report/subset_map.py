@@ -16,7 +16,7 @@ from matplotlib.patches import Patch, Rectangle
 from rich.table import Table
 from rich.text import Text
 
-from to_finetune.model.select import layer_list, layer_of, module_of
+from to_finetune.layers import layer_list, layer_of, module_of
 from to_finetune.report.plot import COLOURS
 
 LOOKS: dict[str, dict[str, Any]] = {

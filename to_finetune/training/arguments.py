@@ -18,6 +18,7 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig, TrlParser
 
 from to_finetune.errors import UsageError, did_you_mean
+from to_finetune.model.quantized import Quantization
 from to_finetune.model.select import chosen_patterns, listed
 from to_finetune.training.optimizers import (
     OPTIMIZERS,
@@ -78,7 +79,7 @@ class ModelArguments:
     )
 
     @property
-    def quantization(self) -> Literal["8bit", "4bit"] | None:
+    def quantization(self) -> Quantization | None:
         """Of what is frozen."""
         return "8bit" if self.load_in_8bit else "4bit" if self.load_in_4bit else None
 
@@ -248,6 +249,11 @@ class FinetuneArguments(TrainableOptimizerArguments, SFTConfig):
         if (switch := str(self.fsdp).lower()) in ("true", "false"):  # words to Hugging Face, which knows the bare flag
             self.__dict__["fsdp"] = switch == "true"
         super().__post_init__()
+
+    @property
+    def autocast_dtype(self) -> Literal["bfloat16", "float16"] | None:
+        """Of the mixed precision; None without."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else None
 
 
 class _Defaults(FinetuneArguments):

@@ -18,7 +18,7 @@ from to_finetune.data.load import default_eval_split
 from to_finetune.data.preview import IGNORED, check_labels
 from to_finetune.errors import RunError, UsageError, did_you_mean
 from to_finetune.model.opened import OpenModel
-from to_finetune.model.run import FinetunedRun, read_run
+from to_finetune.model.run import FinetunedRun, find_run
 from to_finetune.training.arguments import DataArguments, parse_arguments
 from to_finetune.training.prepare import prepare_data, prepare_model, prepare_trainer
 
@@ -73,7 +73,7 @@ def evaluate_held_out(
     Raises:
         UsageError: when there is nothing to evaluate, or on.
     """
-    run = read_run(name)
+    run = find_run(name)
     if with_base and run is None:
         raise UsageError(f"{name!r} is no run, so that its base is not known: nothing to compare with.")
     with TemporaryDirectory(prefix="to-finetune-evaluate-") as folder:

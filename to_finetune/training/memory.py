@@ -11,9 +11,10 @@ import torch.distributed as dist
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from to_finetune.planning import Plan, format_size, plan_line
+from to_finetune.planning import Plan, plan_line
 from to_finetune.training.arguments import FinetuneArguments, ModelArguments
 from to_finetune.training.plan import plan_live
+from to_finetune.units import format_size
 
 KINDS = {
     "allocated": "measured, beside CUDA's own",

@@ -10,6 +10,7 @@ from textwrap import shorten
 from typing import Any
 
 from to_finetune.errors import UsageError
+from to_finetune.model.load import without_weights
 from to_finetune.planning import (
     LAYOUTS,
     CannotSay,
@@ -20,7 +21,6 @@ from to_finetune.planning import (
     Workload,
     load_blueprint,
     plan,
-    skeleton,
 )
 from to_finetune.training.arguments import ArgumentsElsewhere, FinetuneArguments, ModelArguments, parse_arguments
 from to_finetune.training.launch import asks_for_fsdp
@@ -63,22 +63,23 @@ def settings_of(
         UsageError: for a model or a subset that is not there.
         CannotSay: for flags whose needs are not known.
     """
-    for name in UNKNOWN:
-        if getattr(args, name, None):
-            raise CannotSay(f"{name}={getattr(args, name)} changes what a step holds; what it is then is not known.")
+    for flag in UNKNOWN:
+        if value := getattr(args, flag, None):
+            raise CannotSay(f"{flag}={value} changes what a step holds; what it is then is not known.")
     if args.max_length is None:
         raise CannotSay("max_length is not set, so that rows can have any length.")
-    model = load_blueprint(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
+    name, revision, trust = model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code
     optimizer, options = _optimizer(args)
-    patterns = None if model_args.use_peft else model_args.patterns(skeleton(model))
+    skeleton = without_weights(name, revision, trust_remote_code=trust)
+    patterns = None if model_args.use_peft else model_args.patterns(skeleton)
     return Settings(
         Workload(
-            model,
+            load_blueprint(name, revision, trust),
             None if patterns is None else tuple(patterns),
             rows=args.per_device_train_batch_size,
             length=args.max_length,
             joined=args.padding_free or (args.packing and args.packing_strategy.startswith("bfd")),
-            mixed_precision="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
+            mixed_precision=args.autocast_dtype,
             dtype=model_args.dtype,  # type: ignore[arg-type]
             checkpointing=bool(args.gradient_checkpointing),
             attention=model_args.attn_implementation,

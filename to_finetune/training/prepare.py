@@ -41,7 +41,7 @@ def prepare_model(model_args: ModelArguments, args: FinetuneArguments, is_traine
         UsageError: for a model, a choice of weights or adapters, or a combination of flags that cannot be; before any
             weight is loaded.
     """
-    mixed = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+    mixed = args.autocast_dtype
     dtype = getattr(torch, model_args.dtype or mixed or "float32")
     base, revision = model_args.model_name_or_path, model_args.model_revision
     attention, trust = model_args.attn_implementation, args.trust_remote_code

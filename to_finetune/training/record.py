@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from operator import mul
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from to_finetune.errors import UsageError
-from to_finetune.files import check_place, write_whole
+from to_finetune.files import check_place, mapping, read, write_json, write_whole
 from to_finetune.machine import machine
+from to_finetune.runs import CONFIG, RECORD, last_checkpoint, step_of
 from to_finetune.training.arguments import without_secrets
 
 MUST_AGREE = (
@@ -98,24 +95,24 @@ class RunRecord:
         """
         if not self.folder.name:
             raise UsageError(f"output_dir={str(self.folder)!r} is not valid: give the run a folder of its own.")
-        check_place("output_dir", self.folder / "run.json")
+        check_place("output_dir", self.folder / RECORD)
         resumed = self.folder if resume is None else Path(resume).resolve().parent
         is_another = resume is None or resumed != self.folder.resolve()
-        if is_another and (self.folder / "run.json").exists() and not was_restarted():
-            last = last_checkpoint(str(self.folder))
+        if is_another and (self.folder / RECORD).exists() and not was_restarted():
+            last = last_checkpoint(self.folder)
             go_on = ", or continue that run with --resume_from_checkpoint true" if last else ""
             raise UsageError(f"output_dir={str(self.folder)!r} holds another run. Choose a new folder{go_on}.")
         if resume is None:
             return
-        last = last_checkpoint(str(self.folder))
+        last = last_checkpoint(self.folder)
         if not is_another and last is not None and step_of(last) > step_of(resume):
             raise UsageError(
                 f"resume_from_checkpoint={resume!r}: {str(self.folder)!r} holds a later one, {last!r}. Resume from "
                 "that one, delete what is later, or choose a new output_dir."
             )
-        saved = resumed / "config.yaml"
+        saved = resumed / CONFIG
         if saved.exists():
-            before = yaml.safe_load(saved.read_text(encoding="utf-8"))
+            before = read(saved, mapping) or {}
             differing = [
                 f"{key}={before.get(key)!r}, now {self.config.get(key)!r}"
                 for key in MUST_AGREE
@@ -133,20 +130,18 @@ class RunRecord:
     def begin(self) -> None:
         """Write both files."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.folder / "config.yaml", yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+        write_whole(self.folder / CONFIG, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
         self.update()
 
     def update(self, **values: Any) -> None:
         """Add to run.json."""
         self.values.update(values)
-        write_whole(self.folder / "run.json", json.dumps(self.values, indent=2, ensure_ascii=False) + "\n")
+        write_json(self.folder / RECORD, self.values)
 
 
 def _rows_a_step(folder: Path) -> int | None:
     """Those that a run.json tells of."""
-    with suppress(OSError, ValueError):
-        return json.loads((folder / "run.json").read_text(encoding="utf-8")).get("rows_a_step")
-    return None
+    return (read(folder / RECORD, mapping) or {}).get("rows_a_step")
 
 
 def _words(value: Any) -> list[Any]:
@@ -189,22 +184,6 @@ def resume_point(asked: str | None, output_dir: str) -> str | None:
             f"--save_only_model true.{hint}"
         )
     return chosen
-
-
-def last_checkpoint(output_dir: str) -> str | None:
-    """The last checkpoint that was written to its end; Hugging Face writes trainer_state.json last."""
-    steps = {}
-    for file in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"):
-        with suppress(ValueError):  # half a file, or a folder of another name
-            json.loads(file.read_text(encoding="utf-8"))
-            steps[step_of(file.parent)] = file.parent
-    return str(steps[max(steps)]) if steps else None
-
-
-def step_of(checkpoint: str | Path) -> int:
-    """The step after which a checkpoint was written, by its folder's name."""
-    number = Path(checkpoint).name.rpartition("-")[2]
-    return int(number) if number.isdecimal() else 0
 
 
 def summarise(history: Sequence[Mapping[str, Any]], saved_step: int | None = None) -> dict[str, Any]:

@@ -22,7 +22,8 @@ import torch
 from filelock import FileLock, Timeout
 
 from to_finetune.errors import RunError, UsageError
-from to_finetune.files import check_place, write_whole
+from to_finetune.files import check_place, mapping, read, write_json
+from to_finetune.runs import RECORD, last_checkpoint
 from to_finetune.training.arguments import (
     ArgumentsElsewhere,
     DataArguments,
@@ -34,7 +35,6 @@ from to_finetune.training.arguments import (
 )
 from to_finetune.training.launch import on_stop
 from to_finetune.training.prepare import settle_learning_rate
-from to_finetune.training.record import last_checkpoint
 from to_finetune.training.search import (
     Space,
     as_flags,
@@ -246,7 +246,7 @@ def sweep(
         made.trials.append(_ended(made, frozen.number, frozen.params, f"trial-{frozen.number:03d}", frozen.value))
 
     def tell() -> None:
-        write_whole(made.folder / "sweep.json", json.dumps(made.to_json(), indent=2, ensure_ascii=False) + "\n")
+        write_json(made.folder / "sweep.json", made.to_json())
         on_trial(made)
 
     with _alone(made.folder):
@@ -392,7 +392,7 @@ def _run(made: Sweep, number: int, values: dict[str, Any], name: str, on_line: C
     folder = made.folder / name
     if _record(folder).get("status") != "done":
         words = [*made.flags, *as_flags(values, made.args), "--output_dir", str(folder)]
-        if last_checkpoint(str(folder)):
+        if last_checkpoint(folder):
             words += ["--resume_from_checkpoint", "true"]
         elif folder.exists():
             shutil.rmtree(folder)
@@ -476,8 +476,7 @@ def _signals_passed_on(group: int) -> Iterator[list[int]]:
 
 def _record(folder: Path) -> Mapping[str, Any]:
     """The run.json of a run, or nothing."""
-    file = folder / "run.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read(folder / RECORD, mapping) or {}
 
 
 def _last_line(folder: Path) -> str:

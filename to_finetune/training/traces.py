@@ -18,11 +18,11 @@ from torch import nn
 from transformers import GenerationConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from to_finetune.data.preview import IGNORED
-from to_finetune.files import write_whole
+from to_finetune.files import write_json
 from to_finetune.model.generate import end_tokens
 from to_finetune.optim import DiagonalTO, RankOneTO
 from to_finetune.optim.checkpoint import named
-from to_finetune.optim.slopes import QUANTILES, Slope, slopes
+from to_finetune.optim.slopes import QUANTILES, SAMPLE, Slope, slopes
 from to_finetune.training.proofs import unwrapped
 from to_finetune.training.trainer import TOSFTTrainer
 
@@ -38,7 +38,7 @@ def write_parameters(model: nn.Module, folder: Path) -> None:
     parameters = dict(model.named_parameters())
     sizes = {name: _whole_shape(p).numel() for name, p in parameters.items()}
     trained = [name for name, p in parameters.items() if p.requires_grad]
-    _write(folder / "parameters.json", {"sizes": sizes, "trained": trained})
+    write_json(folder / "parameters.json", {"sizes": sizes, "trained": trained}, indent=None)
 
 
 def _whole_shape(p: Any) -> torch.Size:
@@ -104,8 +104,15 @@ class SlopeTrace(TrainerCallback):
             }
             for name, slope in now.items()
         }
-        about = {"form": self.optimizer.variant, "grad_scale": self.optimizer.param_groups[0]["grad_scale"]}
-        _write(self.path, {**about, "steps": self.steps, "quantiles_at": QUANTILES, "tensors": tensors})
+        found = {
+            "form": self.optimizer.variant,
+            "grad_scale": self.optimizer.param_groups[0]["grad_scale"],
+            "sample": SAMPLE,
+            "steps": self.steps,
+            "quantiles_at": QUANTILES,
+            "tensors": tensors,
+        }
+        write_json(self.path, found, indent=None)
 
     def _go_on(self, before: Mapping[str, Any], step: int) -> None:
         """Keep what was seen until the step that the run is resumed from."""
@@ -146,29 +153,22 @@ class SampleAnswers:
             return
         for row, answer in zip(self.rows, answers, strict=True):
             row[when] = answer
-        _write(self.path, {"held_out": self.held_out, "rows": self.rows})
+        write_json(self.path, {"held_out": self.held_out, "rows": self.rows}, indent=None)
 
     def _answers(self) -> list[str]:
         model, pad = self.trainer.model, self.tokenizer.pad_token_id
-        width = max(map(len, self.prompts))
+        batch = self.tokenizer.pad({"input_ids": self.prompts}, padding_side="left", return_tensors="pt")
         config = GenerationConfig(
             max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=self._ends(), pad_token_id=pad
         )
-        padding = [width - len(prompt) for prompt in self.prompts]
-        ids = torch.tensor([[pad] * n + p for n, p in zip(padding, self.prompts, strict=True)])
-        mask = torch.arange(width) >= torch.tensor(padding).unsqueeze(1)
         was_training = model.training
         model.eval()
         try:
             with self.trainer.accelerator.autocast():
-                output = model.generate(
-                    input_ids=ids.to(model.device),
-                    attention_mask=mask.long().to(model.device),
-                    generation_config=config,
-                )
+                output = model.generate(**batch.to(model.device), generation_config=config)
         finally:
             model.train(was_training)
-        return [self._cut(new) for new in output[:, width:].tolist()]
+        return [self._cut(new) for new in output[:, batch["input_ids"].shape[1] :].tolist()]
 
     def _ends(self) -> list[int]:
         return end_tokens(self.trainer.model, self.tokenizer)
@@ -194,7 +194,3 @@ def _prompts(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[int], lis
         begin = learned.index(True) or min(LONGEST_BEGINNING, max(1, len(tokens) // 2))
         end = learned.index(False, begin) if False in learned[begin:] else len(tokens)
         yield tokens[:begin], tokens[begin:end]
-
-
-def _write(path: Path, values: Mapping[str, Any]) -> None:
-    write_whole(path, json.dumps(values, ensure_ascii=False) + "\n")
