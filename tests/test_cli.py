@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from importlib import import_module
+from unittest import mock
 
 import pytest
 
@@ -68,6 +72,24 @@ def test_a_missing_library_is_one_sentence(capsys: pytest.CaptureFixture[str], m
     monkeypatch.setattr("to_finetune.commands.train.run", lambda arguments: import_module("no_such_library"))
     assert main(["train"]) == 2
     assert capsys.readouterr().err == 'error: train needs no_such_library: pip install "to-finetune[hf]"\n'
+
+
+@pytest.mark.parametrize(("interrupt", "code"), [(KeyboardInterrupt(signal.SIGTERM), 143), (KeyboardInterrupt(), 130)])
+def test_the_exit_code_of_a_signal_is_the_shells(
+    interrupt: KeyboardInterrupt, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("to_finetune.commands.train.run", mock.Mock(side_effect=interrupt))
+    assert main(["train"]) == code
+    assert capsys.readouterr().err == "interrupted; what is finished is kept\n"
+
+
+def test_sigterm_interrupts_a_reproduction(monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*args: object, **settings: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr("to_finetune.paper.reproduce.reproduce", killed)
+    assert main(["reproduce", "theory"]) == 143
 
 
 def test_an_unknown_flag_is_refused_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from textwrap import indent
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,6 +23,7 @@ from to_finetune.cli import VERBS, main
 from to_finetune.training.proofs import unwrapped
 
 ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "scripts" / "benchmarks"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -55,6 +60,37 @@ def test_the_readme_has_every_row_of_the_papers_tables() -> None:
         rows = [line for line in (results / f"{name}.md").read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
         assert len(rows) > 4
         assert [row for row in rows if row not in README] == []
+
+
+def script(name: str) -> ModuleType:
+    """A benchmark, which is in no package."""
+    found = spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert found
+    assert found.loader
+    module = module_from_spec(found)
+    sys.modules[name] = module  # where its dataclasses look for their types
+    found.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("file", ["step-cpu", "step-nvidia-h200"])
+def test_the_tables_of_the_step_are_those_of_the_results(file: str) -> None:
+    assert script("step").summary(json.loads((BENCHMARKS / f"{file}.json").read_text())) in README
+
+
+def test_the_tables_of_the_layouts_are_those_of_the_results() -> None:
+    layouts = script("layouts")
+    assert layouts.table(json.loads((BENCHMARKS / "layouts.json").read_text())["results"]) in README
+    assert indent(layouts.scale(), "  ") in README
+
+
+def test_the_quick_starts_rates_are_those_of_the_results() -> None:
+    best: dict[str, float] = {}
+    for run in json.loads((BENCHMARKS / "quickstart_rates.json").read_text())["runs"]:
+        best[run["optim"]] = min(run["eval_loss"], best.get(run["optim"], 9.0))
+    adamw, diagonal, rank_one = (f"{best[name]:.3f}" for name in ("adamw_torch", "diagonal_to", "rank_one_to"))
+    said = f"{adamw} (AdamW), {diagonal} (Diagonal TO) and {rank_one} (RankOne TO), each at its best of four rates"
+    assert said in " ".join(README.split())
 
 
 def test_the_whole_road_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

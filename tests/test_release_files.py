@@ -102,6 +102,29 @@ def test_it_trains_outside_the_checkout(wheel: zipfile.ZipFile, llama: Path, alp
     assert {"trained.safetensors", "run.json", "report.html"} <= {file.name for file in (tmp_path / "run").iterdir()}
 
 
+def test_an_old_python_is_said_and_makes_no_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import environment
+
+    monkeypatch.setattr(environment, "VENV", tmp_path / ".venv")
+    monkeypatch.setattr("sys.version_info", (3, 10, 4))
+    with pytest.raises(SystemExit, match=r"it takes 3\.11 or newer"):
+        environment.make("hf")
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_an_environment_whose_python_is_gone_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import environment
+
+    monkeypatch.setattr(environment, "PYTHON", tmp_path / "python")
+    (tmp_path / "python").symlink_to(tmp_path / "gone")
+    assert not environment.is_good()
+    (tmp_path / "python").unlink()
+    (tmp_path / "python").symlink_to(sys.executable)
+    assert environment.is_good()
+
+
 def test_the_version_is_written_once() -> None:
     assert "version" not in PROJECT
     package = ast.parse((ROOT / "to_finetune" / "__init__.py").read_text(encoding="utf-8"))

@@ -51,7 +51,8 @@ def test_the_best_rate_is_found_wherever_it_is(best: float) -> None:
 def test_rates_that_diverge_are_left() -> None:
     from study import tune
 
-    assert tune(Losses(best=-4, diverges=-3), "adamw") == -4  # type: ignore[arg-type]
+    for diverges in (-3, -5, -7):
+        assert tune(Losses(best=-9, diverges=diverges), "adamw") == -9  # type: ignore[arg-type]
     assert tune(Losses(best=0, diverges=-100), "adamw") is None  # type: ignore[arg-type]
 
 
@@ -142,8 +143,10 @@ def test_a_table_compares_with_adamw_over_the_seeds(tmp_path: Path, monkeypatch:
     rows += [run("diagonal_to", lr, 0, loss) for lr, loss in ((1.0, 2.0), (3.0, 1.9), (9.0, 2.1))]
     rows += [run("diagonal_to", 3.0, seed, 1.8 + 2 * seed / 100) for seed in (1, 2, 3)]
     rows += [run("sgd", lr, 0, None) for lr in (0.1, 0.3, 0.9, 0.03, 0.01)]
-    lines = [{"cell": "1M/qv"}, *rows]
-    (tmp_path / "1M-qv.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    begun = [run("adamw", lr, 0, loss) for lr, loss in ((0.1, 2.0), (0.3, 1.5))] + [run("sgd", 0.1, 0, None)]
+    for cell, runs in (("1M-qv", rows), ("1M-all", begun)):
+        lines = [{"cell": cell.replace("-", "/")}, *runs]
+        (tmp_path / f"{cell}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     monkeypatch.setattr(tables, "AGAIN", ())
     tables.main()
@@ -153,6 +156,7 @@ def test_a_table_compares_with_adamw_over_the_seeds(tmp_path: Path, monkeypatch:
     assert "| SGD with momentum | all 5 | diverged | diverged | diverged | diverged |  |  |  | 8.0 |" in text
     losses = "2.020 ± 0.010 | 2.020 ± 0.010 | 3.600 ± 0.000 | 5.000 ± 0.000"
     assert f"| AdamW | 0.3 | {losses} | +0.200 | diverged | 100 | 8.0 |" in text
+    assert "| AdamW | 2 | 0.3 | 1.500 | 1.500 | 3.600 | 5.000 | 100 |\n| SGD with momentum | 1 | | diverged |" in text
     assert (tmp_path / "curves.svg").stat().st_size > 1000
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -26,14 +27,14 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; returns its exit code: 0 done, 1 a failed run, 2 bad usage, 130 interrupted."""
+    """Run a verb; returns its exit code: 0 done, 1 a failed run, 2 bad usage, 128 + n stopped by signal n."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         arguments = parse(argv)
         return arguments.run(arguments)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted; what is finished is kept", file=sys.stderr)
-        return 130
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     except ModuleNotFoundError as error:
         if str(error.name).startswith("to_finetune"):
             raise

@@ -1,19 +1,15 @@
-"""Files that are whole or not there, and what is in them."""
+"""Files that are whole or not there."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
-
-import yaml
+from typing import Any
 
 from to_finetune.errors import UsageError
-
-T = TypeVar("T")
 
 
 @contextmanager
@@ -50,26 +46,3 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(path: Path, values: Any, indent: int | None = 2) -> None:
     """As `write_whole`."""
     write_whole(path, json.dumps(values, indent=indent, ensure_ascii=False) + "\n")
-
-
-def read(path: Path, check: Callable[[Any], T]) -> T | None:
-    """What `check` makes of a JSON or YAML file; None where there is none.
-
-    Raises:
-        UsageError: for a file that cannot be read, or that `check` stumbles over.
-    """
-    if not path.is_file():
-        return None
-    try:
-        text = path.read_text(encoding="utf-8")
-        return check(json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))
-    except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UsageError(f"{path} is damaged ({reason}).") from None
-
-
-def mapping(found: Any) -> dict[str, Any]:
-    """A check for `read`."""
-    if not isinstance(found, dict):
-        raise TypeError(f"a {type(found).__name__}, not a mapping")
-    return found

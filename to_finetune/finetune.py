@@ -26,6 +26,7 @@ from to_finetune.report.page import write_report
 from to_finetune.report.plot import plot_losses
 from to_finetune.report.push import check_push, push
 from to_finetune.runs import CONFIG, RECORD, last_checkpoint
+from to_finetune.signals import sigterm_interrupts
 from to_finetune.training.arguments import (
     DataArguments,
     FinetuneArguments,
@@ -41,7 +42,7 @@ from to_finetune.training.callbacks import (
     TerminalProgress,
     WholeRuntime,
 )
-from to_finetune.training.launch import check_processes, sigterm_interrupts
+from to_finetune.training.launch import check_processes
 from to_finetune.training.memory import RunMemory
 from to_finetune.training.prepare import data_report, prepare_data, prepare_model, prepare_trainer, settle_learning_rate
 from to_finetune.training.proofs import check_saved

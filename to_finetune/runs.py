@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import yaml
+
+from to_finetune.errors import UsageError
 
 RECORD, CONFIG = "run.json", "config.yaml"
 STATE, CHECKPOINT = "trainer_state.json", "checkpoint-"  # as Hugging Face calls them
-_WHAT_TRAINS = ("unfrozen_", "use_peft", "lora_", "load_in_")
+_WHAT_TRAINS = ("unfrozen_", "use_peft", "lora_", "load_in_")  # how the settings begin that say it
+T = TypeVar("T")
 
 
 def what_trains(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a config.yaml that say it."""
+    """The settings of a config.yaml that say what trains, of what."""
     return {key: value for key, value in config.items() if key.startswith(_WHAT_TRAINS)}
 
 
@@ -32,3 +37,26 @@ def step_of(checkpoint: str | Path) -> int:
     """The step after which a checkpoint was written, by its folder's name."""
     number = Path(checkpoint).name.rpartition("-")[2]
     return int(number) if number.isdecimal() else 0
+
+
+def read(path: Path, check: Callable[[Any], T]) -> T | None:
+    """What `check` makes of a JSON or YAML file; None where there is none.
+
+    Raises:
+        UsageError: for a file that cannot be read, or that `check` stumbles over.
+    """
+    if not path.is_file():
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        return check(json.loads(text) if path.suffix == ".json" else yaml.safe_load(text))
+    except (ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(f"{path} is damaged ({reason}).") from None
+
+
+def mapping(found: Any) -> dict[str, Any]:
+    """A check for `read`."""
+    if not isinstance(found, dict):
+        raise TypeError(f"a {type(found).__name__}, not a mapping")
+    return found

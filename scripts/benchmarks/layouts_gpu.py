@@ -8,6 +8,7 @@ deepspeed. Writes layouts-<GPU>.json beside this file; `--table` prints the resu
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -45,9 +46,14 @@ for flags in json.loads(os.environ["RUNS"]):
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the table of the results that are there")
+    options = parser.parse_args()
     name = file_word(torch.cuda.get_device_name()) if torch.cuda.is_available() else "*"
     output = HERE / f"layouts-{name}.json"
-    if "--table" not in sys.argv:
+    if not options.table:
+        if not torch.cuda.is_available():
+            parser.error("it needs a GPU; --table prints what one has left")
         with TemporaryDirectory() as folder:
             results = measure(Path(folder))
         about = {"machine": machine(), "processes": torch.cuda.device_count()}

@@ -1,6 +1,6 @@
 """A case's trials as members of one computation, against one ordinary training after another; and Full TO's two forms.
 
-    python scripts/benchmarks/members.py [--table]
+    python scripts/benchmarks/members.py
 
 For each data set of the convex cases, data of its shape with random entries: the first `TRIALS` of a method's grid for
 `STEPS` steps with the loss taken twice, once as members and once each by itself, an ordinary loop with `nn.Linear`,
@@ -9,8 +9,8 @@ autograd and the real optimizer. The two take turns; compiling is not counted, b
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -47,7 +47,9 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 
 
 def main() -> None:
-    if "--table" not in sys.argv:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="print the table of the results that are there")
+    if not parser.parse_args().table:
         write_whole(
             FILE, json.dumps({"machine": machine(), "members": members(), "full": full_forms()}, indent=1) + "\n"
         )

@@ -7,8 +7,8 @@ The folder is one that scripts/quickstart.py has left. Writes quickstart_rates.j
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -21,7 +21,12 @@ RECIPE = HERE.parent.parent / "configs" / "recipes" / "quickstart.yaml"
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 
 
-def main(folder: Path) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    if not (folder / "base").is_dir():
+        parser.error(f"{folder} is no folder of the quick start's")
     runs = []
     for optim in ("adamw_torch", "diagonal_to", "rank_one_to"):
         for rate in RATES:
@@ -39,4 +44,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main()

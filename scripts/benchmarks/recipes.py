@@ -6,7 +6,7 @@ Each recipe is run as it stands, in a process of its own, on a Llama-7B with ran
 512 tokens, but for four steps of two such batches. Needs the GPU alone, 14 GB of disk, and bitsandbytes for the 4-bit
 ones; writes recipes-<GPU>.json beside this file. "Planned" is what every run prints, without CUDA's own context;
 "measured" is the most that torch had allocated while it trained. Recipes that run at once share the GPU: their memory
-is their own, their speed is not. `--table` prints the results that are there.
+is their own, their speed is not. What is not run again is kept. `--table` prints the results that are there.
 """
 
 from __future__ import annotations
@@ -51,12 +51,16 @@ def main() -> None:
     name = file_word(torch.cuda.get_device_name()) if torch.cuda.is_available() else "*"
     output = HERE / f"recipes-{name}.json"
     if not options.table:
+        if not torch.cuda.is_available():
+            parser.error("it needs a GPU; --table prints what one has left")
         with TemporaryDirectory() as folder:
             write_inputs(Path(folder))
             with ThreadPoolExecutor(options.at_once) as pool:
                 runs = dict(zip(options.recipes, pool.map(partial(run, Path(folder)), options.recipes), strict=True))
-        results = {"machine": machine(), "tokens": [ROWS, LENGTH], "at_once": options.at_once, "recipes": runs}
-        write_whole(output, json.dumps(results, indent=1) + "\n")
+        about = {"machine": machine(), "at_once": options.at_once}
+        before = json.loads(output.read_text())["recipes"] if output.exists() else {}
+        done = {recipe: about | run for recipe, run in runs.items() if "error" not in run or recipe not in before}
+        write_whole(output, json.dumps({"tokens": [ROWS, LENGTH], "recipes": before | done}, indent=1) + "\n")
     for path in sorted(HERE.glob(output.name)):
         print(table(json.loads(path.read_text())))
 

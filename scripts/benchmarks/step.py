@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -106,6 +107,7 @@ METHODS = {
     BNB: Method(adamw8bit, 2, state_bytes=1 + 4 / 256),  # a code, and a float32 for 256 of them
     COPY: Method(Copy, 0, gradient_reads=0),
 }
+TITLES = {"llama-7b": "Llama-7B's shapes", "lora": "LoRA set", "big": "one tensor"}
 OURS = [name for name, method in METHODS.items() if method.ours]
 
 
@@ -116,17 +118,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="timed steps of each method, at least 2")
     parser.add_argument("--warm-up", type=int, default=2, help="steps between the first one and those")
     parser.add_argument("--quick", action="store_true", help="a million weights, three rounds")
-    parser.add_argument("--output", type=Path, help="the JSON file")
+    parser.add_argument("--output", type=Path, help="the JSON file; --quick leaves it in a temporary folder")
     parser.add_argument("--table", action="store_true", help="print the tables of the results that are there")
     options = parser.parse_args()
     options.rounds = options.rounds or (3 if options.quick else ROUNDS[options.device])
     options.warm_up = 0 if options.quick else options.warm_up
     name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    output = options.output or HERE / f"step-{file_word(name)}.json"
+    results = Path(gettempdir()) if options.quick else HERE
+    output = options.output or results / f"step-{file_word(name)}.json"
     if not options.table:
         torch.set_num_threads(options.threads)
         write_whole(output, json.dumps(measure_all(options), indent=1) + "\n")
-    print(tables(json.loads(output.read_text())))
+    found = json.loads(output.read_text())
+    print(summary(found), tables(found), sep="\n\n")
 
 
 def measure_all(options: argparse.Namespace) -> dict[str, Any]:
@@ -271,7 +275,7 @@ def compete(
     able = [one for one in contestants if one.error is None]
     gc.collect()
     for turn in range(options.warm_up + options.rounds):
-        rarely = device.type == "cpu" and not options.quick and turn % RARELY
+        rarely = device.type == "cpu" and options.rounds > 2 * RARELY and turn % RARELY
         present = [one for one in able if not (rarely and one.method == BNB)]
         for one in draw.sample(present, len(present)):
             one.timed_step(device)
@@ -344,6 +348,25 @@ def bars(cases: Sequence[dict[str, Any]], gpu: bool) -> list[dict[str, Any]]:
             worst = max(methods[method]["state_bytes_per_weight"] for key, methods in at.items() if key[2] == dtype)
             bar(f"{method}, {dtype} state: bytes a weight, worst case", worst, relation, round(states * each, 2))
     return found
+
+
+def summary(results: dict[str, Any]) -> str:
+    """Markdown: times over the fused AdamW's, as the README has them."""
+    cases = sorted(results["cases"], key=lambda case: case["weight_dtype"] != "float32")
+    full = [case for case in cases if case["state_dtype"] == case["weight_dtype"]]
+    int8 = [case["methods"] for case in cases if case["state_dtype"] == "int8"]
+    rows = {method: [case["methods"][method].get("to_adamw_fused") for case in full] for method in METHODS}
+    rows[f"{DIAGONAL}, int8 state"] = [methods[DIAGONAL]["to_adamw_fused"] for methods in int8]
+    lines = [
+        f"| | {' | '.join(TITLES[case['case']] for case in full)} |",
+        "|---" * (len(full) + 1) + "|",
+        f"| | {' | '.join(case['weight_dtype'] for case in full)} |",
+    ]
+    for name, ratios in rows.items():
+        cells = ["" if x is None else f"{x:.1f}" if x >= 10 else f"{x:.2f}" for x in ratios]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    ms = [f"{case['methods'][ADAMW]['ms']:.1f}" for case in full]
+    return "\n".join([*lines, f"| *{ADAMW}, ms* | {' | '.join(ms)} |"])
 
 
 def tables(results: dict[str, Any]) -> str:

@@ -4,8 +4,7 @@
 
 Trains a tokenizer of 4,096 tokens on the training posts, then pretrains Llamas of 1 and 5 million weights (and, if it
 is named, one of 102 million, which wants a GPU) by `finetune.py`, and says their loss on posts that were held out,
-beside that of guessing each token by its frequency. What is there already is kept. DATA_DIR has `20news-bydate` and
-`stories260k`.
+beside that of guessing each token by its frequency. What is there already is kept. DATA_DIR as for study.py.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from to_finetune import finetune
+from to_finetune.runs import last_checkpoint
 
 MODELS_DIR = Path(__file__).parents[2] / "runs" / "study" / "models"
 VOCABULARY = 4096
@@ -44,8 +45,16 @@ def main() -> None:
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("--models", nargs="+", choices=SIZES, default=["1M", "5M"])
     arguments = parser.parse_args()
+    check_data(arguments.data_dir)
     for name in arguments.models:
         print(name, made(name, arguments.data_dir))
+
+
+def check_data(folder: Path) -> None:
+    """Stop with a sentence where something is missing."""
+    needed = ("20news-bydate", "stories260k", "alpaca_data.json", "user_oriented_instructions.jsonl")
+    if missing := [name for name in needed if not (folder / name).exists()]:
+        raise SystemExit(f"error: {folder} has no {', '.join(missing)}.")
 
 
 def made(name: str, data_dir: Path) -> Path:
@@ -53,24 +62,28 @@ def made(name: str, data_dir: Path) -> Path:
     if name == "stories260k":
         return data_dir / name
     folder = MODELS_DIR / name
-    if not (folder / "pretrained" / "run.json").exists():
+    pretrained = folder / "pretrained"
+    if not (pretrained / "model.safetensors").exists():
         texts, held_out = posts(data_dir), MODELS_DIR / "held_out.jsonl"
         MODELS_DIR.mkdir(parents=True, exist_ok=True)
         write(MODELS_DIR / "posts.jsonl", texts[HELD_OUT:])
         write(held_out, texts[:HELD_OUT])
         size = SIZES[name]
         start(data_dir, texts[HELD_OUT:], folder / "start", size)
-        flags = f"""--model_name_or_path {folder / "start"} --output_dir {folder / "pretrained"}
+        go_on = "--resume_from_checkpoint true" if last_checkpoint(pretrained) else ""
+        if not go_on:
+            shutil.rmtree(pretrained, ignore_errors=True)  # of one that was killed
+        flags = f"""--model_name_or_path {folder / "start"} --output_dir {pretrained}
             --dataset_name {MODELS_DIR / "posts.jsonl"} --eval_dataset_name {held_out} --optim adamw_torch
             --learning_rate {size.learning_rate} --adam_beta2 0.95 --lr_scheduler_type cosine --warmup_steps 20
             --packing true --packing_strategy wrapped --max_length 128 --per_device_train_batch_size {size.rows}
             --max_steps {size.steps} --logging_steps 100 --save_strategy no --report_to none --dtype float32
-            {"--bf16 true" if name == "100M" else "--use_cpu true"}"""
+            {"--bf16 true" if name == "100M" else "--use_cpu true"} {go_on}"""
         code = finetune.main(flags.split())
         if code:
             raise SystemExit(code)
         print("held-out loss of guessing each token by its frequency:", frequency_loss(folder / "start", texts))
-    return folder / "pretrained"
+    return pretrained
 
 
 def posts(data_dir: Path) -> list[str]:

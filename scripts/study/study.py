@@ -141,6 +141,7 @@ def main() -> None:
         help=names,
     )
     arguments = parser.parse_args()
+    base_models.check_data(arguments.data_dir)
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     for cell in arguments.cells:
@@ -165,20 +166,22 @@ def tune(runs: Runs, method: str) -> int | None:
     tried = {k: runs.loss(method, k) for k in (-2, 0, 2)}
 
     def best() -> int:
-        return min(tried, key=lambda k: tried[k])
+        return min(tried, key=lambda k: (tried[k], k))  # where all diverge, the lowest
 
     for _ in range(WIDENINGS):
         ends = {min(tried): min(tried) - 2, max(tried): max(tried) + 2}
         if best() not in ends:
             break
-        further = ends[best()] if math.isfinite(tried[best()]) else min(tried) - 2
+        further = ends[best()]
         tried[further] = runs.loss(method, further)
     middle = best()
+    if math.isinf(tried[middle]):
+        return None
     tried |= {k: runs.loss(method, k) for k in (middle - 1, middle + 1)}
     while not {best() - 2, best() + 2} <= tried.keys():
         middle = best()
         tried |= {k: runs.loss(method, k) for k in (middle - 2, middle + 2)}
-    return best() if math.isfinite(tried[best()]) else None
+    return best()
 
 
 class Runs:
@@ -194,9 +197,9 @@ class Runs:
         self.path = results / f"{self.model}-{self.part}.jsonl"
         bits = hashlib.sha256((self.base / "model.safetensors").read_bytes()).hexdigest()[:16]
         head = {"cell": cell, "base_sha256": bits, "protocol": self.protocol, "part": PARTS[self.part]}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
-            self.path.parent.mkdir(exist_ok=True)
-            self.path.write_text(json.dumps({**head, "machine": machine()}) + "\n", encoding="utf-8")
+            write_whole(self.path, json.dumps({**head, "machine": machine()}) + "\n")
         found = self.path.read_text(encoding="utf-8")
         text = found[: found.rfind("\n") + 1]
         if text != found:  # a line that was not written to its end

@@ -160,6 +160,9 @@ def tried(cell: str, results: Path) -> str:
         runs = by_method[name]
         if METHODS[name].lr is not None:
             finished = [run for run in runs if run["seed"] == TUNING_SEED and run["alpaca"] is not None]
+            if not finished:
+                rows.append(f"| {METHODS[name].title} | {len(runs)} | | diverged | | | | |")
+                continue
             runs = [min(finished, key=lambda run: run["alpaca"])]
         means = [
             fmean(measured(run, what) or math.inf for run in runs) for what in ("alpaca", "user", "train", "first")

@@ -166,6 +166,14 @@ def test_a_process_that_dies_is_an_error(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(llm, "WORKER", "import sys; sys.stdin.readline(); sys.exit('no such library')")
     with (
         finetune_process(tmp_path / "log", stand_ins=None) as finetune,
-        pytest.raises(RunError, match=r"finetune\.py failed.*: no such library"),
+        pytest.raises(RunError, match=r"has died, its last line in log is: no such library"),
     ):
+        train(finetune, [], [])
+
+
+def test_a_process_that_dies_has_not_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the last that it said was of a training that had."""
+    worker = "import sys; sys.stdin.readline(); sys.exit('the run has diverged')"
+    monkeypatch.setattr(llm, "WORKER", worker)
+    with finetune_process(tmp_path / "log", stand_ins=None) as finetune, pytest.raises(RunError, match="has died"):
         train(finetune, [], [])

@@ -72,6 +72,10 @@ def test_missing_data_are_named_once_and_the_rest_is_run(
 
     assert cli.main(["reproduce", "mnist-convex", *options]) == 2  # it was a quick trial
     assert "mnist-convex.json was made by another protocol" in capsys.readouterr().err
+    monkeypatch.setattr(reproduce, "run_job", lambda name, show, folder, **_: (folder / "ran").write_text(name))
+    assert cli.main(["reproduce", "mnist-convex", "theory", *options]) == 1
+    assert "mnist-convex.json was made by another protocol" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "out" / "ran").read_text() == "theory"
     (tmp_path / "out" / "mnist-convex.json").write_text("{")
     assert cli.main(["reproduce", "mnist-convex", *options]) == 2
     assert "mnist-convex.json is damaged" in capsys.readouterr().err
@@ -95,6 +99,23 @@ def test_a_bad_call_is_one_sentence(
     assert sentence in error
     assert error.startswith("error: ")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_said_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert cli.main(["reproduce", "theory", "--output_dir", str(tmp_path / "file" / "out")]) == 2
+    assert "--output_dir" in capsys.readouterr().err
+
+
+def test_where_a_job_fails_and_nothing_is_done_the_exit_code_is_a_failures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*args: Any, **settings: Any) -> None:
+        raise RunError("it failed.")
+
+    monkeypatch.setattr(reproduce, "run_job", fails)
+    assert cli.main(["reproduce", "theory", "--output_dir", str(tmp_path)]) == 1
+    assert "error: it failed." in capsys.readouterr().err
 
 
 def test_help_is_quick_because_it_imports_nothing_heavy() -> None:

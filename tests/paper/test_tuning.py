@@ -105,9 +105,11 @@ def test_a_ledger_repeats_nothing(tmp_path: Path) -> None:
     assert compared() == found
     assert len(asked) == 1
     assert re.sub(r'"seconds": [\d.]+', "", path.read_text()) == re.sub(r'"seconds": [\d.]+', "", whole)
-    path.write_text(whole.replace('"seed"', '"seed', 1))
-    with pytest.raises(UsageError, match=r"made\.jsonl is damaged in line 2: delete that line\."):
-        compared()
+    lines = whole.splitlines(keepends=True)
+    for damaged in (lines[1].replace('"seed"', '"seed'), '{"method": "adam"}\n', "null\n"):
+        path.write_text("".join([lines[0], damaged, *lines[2:]]))
+        with pytest.raises(UsageError, match=r"made\.jsonl is damaged in line 2: delete that line\."):
+            compared()
     with pytest.raises(UsageError, match=r"made\.jsonl has trainings of another protocol: move it away\."):
         Ledger(path, {"steps": 3}, train, print)
 

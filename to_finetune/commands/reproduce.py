@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from to_finetune.paper import targets
+from to_finetune.signals import sigterm_interrupts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from to_finetune.paper.reproduce import reproduce
 
-    return reproduce(
-        arguments.targets, arguments.data_dir, arguments.output_dir, quick=arguments.quick, device=arguments.device
-    )
+    with sigterm_interrupts():  # a process of the Llama's trainings would stay behind
+        return reproduce(
+            arguments.targets, arguments.data_dir, arguments.output_dir, quick=arguments.quick, device=arguments.device
+        )

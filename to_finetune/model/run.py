@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from to_finetune.errors import UsageError
-from to_finetune.files import mapping, read
 from to_finetune.model.quantized import Quantization
 from to_finetune.model.trained import TRAINED_WEIGHTS_NAME
-from to_finetune.runs import CHECKPOINT, CONFIG, RECORD, STATE
+from to_finetune.runs import CHECKPOINT, CONFIG, RECORD, STATE, mapping, read
 
 # What was trained -> the file that says so, the first that is there.
 PARTS = {"subset": TRAINED_WEIGHTS_NAME, "adapter": "adapter_config.json", "whole": "config.json"}

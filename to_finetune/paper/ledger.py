@@ -37,7 +37,7 @@ class Ledger:
         self.path, self._train, self._progress = path, train, progress
         path.parent.mkdir(parents=True, exist_ok=True)
         header = json.dumps(protocol) + "\n"
-        found = path.read_text(encoding="utf-8") if path.exists() else ""
+        found = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         text = found[: found.rfind("\n") + 1] or header
         if not text.startswith(header):
             raise UsageError(f"{path} has trainings of another protocol: move it away.")
@@ -48,10 +48,10 @@ class Ledger:
         for number, line in enumerate(text.splitlines()[1:], start=2):
             try:
                 training = json.loads(line)
-            except ValueError:
+                self._finished[_key(training["method"], training["trial"], training["seed"])] = training["losses"]
+                self.seconds += training["seconds"]
+            except (ValueError, LookupError, TypeError, AttributeError):
                 raise UsageError(f"{path} is damaged in line {number}: delete that line.") from None
-            self._finished[_key(training["method"], training["trial"], training["seed"])] = training["losses"]
-            self.seconds += training["seconds"]
 
     def losses(self, method: str, trial: Trial, seed: int) -> list[float | None]:
         """Of one training, rounded, None once diverged; from the file where it is there."""

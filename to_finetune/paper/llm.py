@@ -208,8 +208,11 @@ def finetune_process(log: Path, stand_ins: Path | None) -> Iterator[Finetune]:
 
         def finetune(flags: list[str]) -> str | None:
             print(json.dumps(flags), file=process.stdin, flush=True)
-            code = cast(IO[str], process.stdout).readline().strip()  # nothing where the process has died
-            return None if code == "0" else log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
+            code = cast(IO[str], process.stdout).readline().strip()
+            last = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
+            if not code:  # as where memory runs out
+                raise RunError(f"finetune.py's process has died, its last line in {log.name} is: {last}")
+            return None if code == "0" else last
 
         try:
             yield finetune

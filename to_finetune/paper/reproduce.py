@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from to_finetune.errors import RunError, UsageError, did_you_mean
-from to_finetune.files import write_whole
+from to_finetune.files import check_place, write_whole
 from to_finetune.machine import machine
 from to_finetune.paper import contest, llm, resnet, theory
 from to_finetune.paper.cases import CONVEX, FFN, FULL, QUICK, STRONGLY_CONVEX
@@ -31,22 +32,28 @@ def reproduce(targets: Sequence[str], data_dir: str | None, output_dir: str, qui
     """Run what the targets need and draw tables, figures and the page; the exit code is 1 where a job was not done.
 
     Raises:
-        UsageError: for an unknown target, folder or device, a result of another protocol, and where nothing was done.
+        UsageError: for an unknown target, folder or device, a damaged result, and where nothing can be done: without
+            data, or with results of another protocol alone.
+        RunError: where nothing was done, and a job failed.
     """
     names = wanted(targets, device)
     check_places(data_dir, device)
     console = Console()
     folder = Path(output_dir) / "quick" if quick else Path(output_dir)
-    missing = [name for name in names if not is_finished(folder / f"{name}.json", protocol(name, quick, device))]
+    check_place("--output_dir", folder / "index.html")
+    missing, failures = to_do(names, folder, quick, device)
+    if len(failures) == len(names):
+        raise UsageError(" ".join(map(str, failures)))
     folder.mkdir(parents=True, exist_ok=True)
     run = partial(run_job, data_dir=Path(data_dir) if data_dir else None, folder=folder, quick=quick, device=device)
-    failures = run_all(missing, run, console)
+    failures += run_all(missing, run, console)
     if failures and not list(folder.glob("*.json")):
-        raise UsageError(" ".join(failures))
+        kind = next((type(error) for error in failures if isinstance(error, RunError)), UsageError)
+        raise kind(" ".join(map(str, failures)))
     written = render(folder)
     console.print(f"{len(written)} tables, figures and pages in {folder}; open {folder / 'index.html'}.")
-    for sentence in failures:
-        console.print(f"[yellow]not done:[/yellow] {sentence}", soft_wrap=True)
+    for error in failures:
+        console.print(Text.assemble(("not done:", "yellow"), f" {error}"), soft_wrap=True)
     return 1 if failures else 0
 
 
@@ -98,26 +105,42 @@ def resnet_protocol(quick: bool, device: str) -> resnet.Protocol:
     return resnet.PROTOCOLS["quick" if quick else "full" if device.startswith("cuda") else "reduced"]
 
 
-def is_finished(path: Path, protocol: dict[str, Any]) -> bool:
-    """Whether the result is there.
+def to_do(names: Sequence[str], folder: Path, quick: bool, device: str) -> tuple[list[str], list[Exception]]:
+    """The jobs that have no result yet, and an error for each that has one of another protocol.
 
     Raises:
-        UsageError: where it is damaged or was run otherwise.
+        UsageError: for a damaged result.
+    """
+    missing, failures = list[str](), list[Exception]()
+    for name in names:
+        path = folder / f"{name}.json"
+        found = protocol_of(path)
+        if found is None:
+            missing.append(name)
+        elif found != json.loads(json.dumps(protocol(name, quick, device))):
+            failures.append(
+                UsageError(f"{path} was made by another protocol: move it away, or give another --output_dir.")
+            )
+    return missing, failures
+
+
+def protocol_of(path: Path) -> dict[str, Any] | None:
+    """The one that a result was made by; None where there is no result.
+
+    Raises:
+        UsageError: where it is damaged.
     """
     if not path.exists():
-        return False
+        return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["protocol"]
+        return json.loads(path.read_text(encoding="utf-8"))["protocol"]
     except (ValueError, LookupError, TypeError) as error:
         raise UsageError(f"{path} is damaged: delete it and reproduce {path.stem} again.") from error
-    if found != json.loads(json.dumps(protocol)):
-        raise UsageError(f"{path} was made by another protocol: move it away, or give another --output_dir.")
-    return True
 
 
-def run_all(names: list[str], run: Callable[..., None], console: Console) -> list[str]:
-    """Run the jobs with a line for each; returns the sentences of those that could not be done."""
-    failures: list[str] = []
+def run_all(names: list[str], run: Callable[..., None], console: Console) -> list[Exception]:
+    """Run the jobs with a line for each; returns why some could not be done, each reason once."""
+    failures = dict[str, Exception]()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         current = progress.add_task("", left="", total=1)
@@ -133,12 +156,11 @@ def run_all(names: list[str], run: Callable[..., None], console: Console) -> lis
             try:
                 run(name, show)
             except (UsageError, RunError) as error:
-                if str(error) not in failures:
-                    failures.append(str(error))
+                failures.setdefault(str(error), error)
                 continue
             console.print(f"{name} [dim]{time.perf_counter() - began:.0f} s, {i + 1} of {len(names)}[/dim]")
         progress.remove_task(current)
-    return failures
+    return list(failures.values())
 
 
 def run_job(

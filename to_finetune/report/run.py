@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from to_finetune.errors import UsageError, did_you_mean
-from to_finetune.files import mapping, read
 from to_finetune.report.plot import series
-from to_finetune.runs import CONFIG, RECORD, STATE, last_checkpoint
+from to_finetune.runs import CONFIG, RECORD, STATE, last_checkpoint, mapping, read
 
 OPTIMIZERS = {"diagonal_to": "Diagonal TO", "rank_one_to": "RankOne TO", "full_to": "Full TO", "adamw_torch": "AdamW"}
 Row = dict[str, Any]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from contextlib import ExitStack
 from types import FrameType
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from transformers.trainer_callback import ExportableState
 
 from to_finetune.errors import RunError
+from to_finetune.signals import on_stop
 
 # key in the log -> how a line of the terminal shows it
 COLUMNS = {
@@ -141,13 +143,12 @@ class SaveOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.stopped: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
+        self._handler = ExitStack()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._receive)
+        self._handler.enter_context(on_stop(self._receive))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._any_process_received(args):
@@ -165,8 +166,7 @@ class SaveOnSignal(TrainerCallback):
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""
-        while self._previous:
-            signal.signal(*self._previous.popitem())
+        self._handler.close()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -24,6 +22,7 @@ from torch.distributed.run import main as torchrun
 from transformers import TrainingArguments
 
 from to_finetune.errors import UsageError
+from to_finetune.signals import on_stop
 from to_finetune.training.optimizers import OPTIMIZERS
 
 
@@ -90,35 +89,6 @@ def _launched(launcher: Callable[[], Any]) -> int:
     except SignalException as stopped:
         return 128 + stopped.sigval
     return 0
-
-
-@contextmanager
-def on_stop(
-    handler: Callable[[int, Any], None], numbers: Sequence[int] = (signal.SIGINT, signal.SIGTERM)
-) -> Iterator[None]:
-    """Within it Ctrl-C and SIGTERM, or these signals, go to `handler`."""
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
-@contextmanager
-def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does: what is begun is ended, and its record says so.
-
-    Not in one of several processes, which may be waiting for the others without end.
-    """
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt(signal.Signals(number))
-
-    is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    may_set = threading.current_thread() is threading.main_thread()  # which alone may set handlers
-    with on_stop(interrupt, [signal.SIGTERM] if is_alone and may_set else []):
-        yield
 
 
 def _machines(config: str) -> int:

@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 
 from to_finetune.errors import UsageError
-from to_finetune.files import check_place, mapping, read, write_json, write_whole
+from to_finetune.files import check_place, write_json, write_whole
 from to_finetune.machine import machine
-from to_finetune.runs import CONFIG, RECORD, last_checkpoint, step_of
+from to_finetune.runs import CONFIG, RECORD, last_checkpoint, mapping, read, step_of
 from to_finetune.training.arguments import without_secrets
 
 MUST_AGREE = (

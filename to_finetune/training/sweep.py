@@ -22,8 +22,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from to_finetune.errors import RunError, UsageError
-from to_finetune.files import check_place, mapping, read, write_json
-from to_finetune.runs import RECORD, last_checkpoint
+from to_finetune.files import check_place, write_json
+from to_finetune.runs import RECORD, last_checkpoint, mapping, read
+from to_finetune.signals import on_stop
 from to_finetune.training.arguments import (
     ArgumentsElsewhere,
     DataArguments,
@@ -33,7 +34,6 @@ from to_finetune.training.arguments import (
     resolved_config,
     without_secrets,
 )
-from to_finetune.training.launch import on_stop
 from to_finetune.training.prepare import settle_learning_rate
 from to_finetune.training.search import (
     Space,
