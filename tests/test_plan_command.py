@@ -371,7 +371,7 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "price without a GPU": (["MODEL", "--price_per_hour", "2"], ["--price_per_hour", "--gpu"]),
     "negative price": (["MODEL", "--gpu", "H100", "--price_per_hour", "-2"], ["--price_per_hour -2", "at least 0"]),
     "price that is none": (["MODEL", "--gpu", "H100", "--price_per_hour", "nan"], ["--price_per_hour nan"]),
-    "rows": (["MODEL", "--rows", "0"], ["--rows 0", "at least 1"]),
+    "rows": (["MODEL", "--rows", "0"], ["rows=0", "at least 1"]),
     "fit of adapters": (["MODEL", "--use_peft", "true", "--fit", "1GB"], ["--fit", "use_peft", "--memory"]),
     "fit of a module outside": (["MODEL", "--unfrozen_modules", "lm_head", "--fit", "1GB"], ["'lm_head'", "last"]),
     "adapters and layers": (

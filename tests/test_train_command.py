@@ -157,8 +157,8 @@ REFUSED: dict[str, tuple[int, list[str], str]] = {
         ["--use_peft", "true", "--unfrozen_last_layers", "1"],
         "leave unfrozen_last_layers",
     ),
-    "no process": (0, ["--num_processes", "0"], "--num_processes 0 is not valid: at least 1."),
-    "fewer than none": (2, ["--num_processes", "-1"], "--num_processes -1 is not valid: at least 1."),
+    "no process": (0, ["--num_processes", "0"], "num_processes=0 is not valid: at least 1."),
+    "fewer than none": (2, ["--num_processes", "-1"], "num_processes=-1 is not valid: at least 1."),
     "more than the GPUs": (
         2,
         ["--num_processes", "3"],

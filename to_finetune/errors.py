@@ -14,6 +14,17 @@ class RunError(RuntimeError):
     """The run is not doing what was asked, or cannot go on. Exit code 1."""
 
 
+def at_least_one(**numbers: float) -> None:
+    """Refuse those below 1.
+
+    Raises:
+        UsageError: naming the first.
+    """
+    for name, number in numbers.items():
+        if number < 1:
+            raise UsageError(f"{name}={number} is not valid: at least 1.")
+
+
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """ " Did you mean 'x'?" with the up to three nearest choices, or nothing."""
     close = get_close_matches(name, list(choices), n=3, cutoff=0.5)

@@ -6,7 +6,8 @@ import atexit
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +80,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     datasets.disable_progress_bars()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
-    check_processes(args.world_size)
-    if args.push_to_hub:
-        check_push(args.hub_model_id or Path(args.output_dir).name, args.hub_token)
-    settle_learning_rate(model_args, args)
-    resume = resume_point(args.resume_from_checkpoint, args.output_dir)
-    rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    record = RunRecord(args.output_dir, resolved_config(model_args, data_args, args), rows_a_step)
-    record.check_folder(resume)
-    args.distributed_state.wait_for_everyone()  # all have looked before the first one writes
+    record, resume = check(model_args, data_args, args)
     console.rule(f"to_finetune  {args.optim}  {args.world_size} process(es) on {args.device.type}", align="left")
     console.print(Syntax(yaml.safe_dump(record.config, sort_keys=False), "yaml", background_color="default"))
 
@@ -110,34 +103,23 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
         check_labels(trainer.eval_dataset, args.max_length, "held-out")
     console.print(data_report(trainer), preview(trainer.train_dataset, tokenizer))
 
-    signals = SaveOnSignal()
+    signals, samples = SaveOnSignal(), SampleAnswers(trainer, record.folder)
     for hf_callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(hf_callback)
     progress = TerminalProgress() if sys.stderr.isatty() else TerminalLines()
     for callback in (progress, StopOnNonFinite(), signals, LogBeforeSave(), memory, WholeRuntime()):
         trainer.add_callback(callback)
-    samples = SampleAnswers(trainer, record.folder)
     trainer.add_callback(SlopeTrace(record.folder))
     if args.should_save:
         record.begin()
         write_parameters(trainer.model, record.folder)
-    try:
-        if args.should_save:
-            samples.take("before")
+    with recorded(trainer, record), closing(signals):
+        samples.take("before")
         trainer.train(resume_from_checkpoint=resume)
         if signals.stopped:
             return interrupted(trainer, record, signals, console)
         results = finish(trainer, args)
-        if args.should_save:
-            samples.take("after")
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            conclude(trainer, record, status="interrupted", checkpoint=last_checkpoint(record.folder))
-        else:
-            conclude(trainer, record, status="failed", error=f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        signals.restore()
+        samples.take("after")
     conclude(trainer, record, status="done", results=results)
     if pushes and args.should_save:
         repo_id = args.hub_model_id or record.folder.name
@@ -145,6 +127,39 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     console.print(summary({**results, "memory": memory.in_words()}, record))
     atexit.register(args.distributed_state.destroy_process_group)
     return 0
+
+
+def check(
+    model_args: ModelArguments, data_args: DataArguments, args: FinetuneArguments
+) -> tuple[RunRecord, str | None]:
+    """Refuse what can be before anything is loaded; the run's record, and the checkpoint that it goes on from.
+
+    Raises:
+        UsageError: for processes, a repository, a model, a folder or a checkpoint that cannot be.
+    """
+    check_processes(args.world_size)
+    if args.push_to_hub:
+        check_push(args.hub_model_id or Path(args.output_dir).name, args.hub_token)
+    settle_learning_rate(model_args, args)
+    resume = resume_point(args.resume_from_checkpoint, args.output_dir)
+    rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    record = RunRecord(args.output_dir, resolved_config(model_args, data_args, args), rows_a_step)
+    record.check_folder(resume)
+    args.distributed_state.wait_for_everyone()  # all have looked before the first one writes
+    return record, resume
+
+
+@contextmanager
+def recorded(trainer: TOSFTTrainer, record: RunRecord) -> Iterator[None]:
+    """What ends the training early is in the run's record."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        conclude(trainer, record, status="interrupted", checkpoint=last_checkpoint(record.folder))
+        raise
+    except BaseException as error:
+        conclude(trainer, record, status="failed", error=f"{type(error).__name__}: {error}")
+        raise
 
 
 def finish(trainer: TOSFTTrainer, args: FinetuneArguments) -> dict[str, Any]:

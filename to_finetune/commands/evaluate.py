@@ -9,7 +9,7 @@ import sys
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from to_finetune.errors import UsageError
+from to_finetune.errors import UsageError, at_least_one
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -48,8 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        raise UsageError(f"batch_size={arguments.batch_size} is not valid: at least 1.")
+    if arguments.batch_size is not None:
+        at_least_one(batch_size=arguments.batch_size)
     if arguments.split is not None and arguments.dataset_name is None:
         raise UsageError(f"split={arguments.split!r} is of --dataset_name, which is not given.")
     with redirect_stdout(sys.stderr):  # what libraries have to say

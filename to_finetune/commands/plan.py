@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from to_finetune.errors import UsageError
+from to_finetune.errors import UsageError, at_least_one
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,8 +108,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("--price_per_hour needs --gpu: without its speed there is no time to pay for.")
     if arguments.price_per_hour is not None and not arguments.price_per_hour >= 0:
         raise UsageError(f"--price_per_hour {arguments.price_per_hour} is not valid: at least 0.")
-    if arguments.rows is not None and arguments.rows < 1:
-        raise UsageError(f"--rows {arguments.rows} is not valid: at least 1.")
+    if arguments.rows is not None:
+        at_least_one(rows=arguments.rows)
 
 
 def show(answer: Answer, console: Console) -> None:

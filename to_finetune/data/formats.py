@@ -21,7 +21,7 @@ ROLES = {
 }
 
 
-class Standard(NamedTuple):
+class Normalized(NamedTuple):
     """Rows in one of TRL's forms.
 
     Attributes:
@@ -37,7 +37,7 @@ class Standard(NamedTuple):
     unread: list[str]
 
 
-def standard(source: str, rows: Rows, text_column: str = "text") -> Standard:
+def normalized(source: str, rows: Rows, text_column: str = "text") -> Normalized:
     """Rows as TRL takes them: Alpaca's columns become prompt and completion, ShareGPT's conversations messages.
 
     Raises:
@@ -67,7 +67,7 @@ def standard(source: str, rows: Rows, text_column: str = "text") -> Standard:
         remove_columns=columns,
         features=_features(rows.features, form, used),
     )
-    return Standard(source, prepared, form, [column for column in columns if column not in used])
+    return Normalized(source, prepared, form, [column for column in columns if column not in used])
 
 
 def _features(before: Features | None, form: str, used: list[str]) -> Features | None:

@@ -25,7 +25,7 @@ from datasets import (
 from datasets.data_files import FILES_TO_IGNORE
 from datasets.exceptions import DatasetGenerationError
 
-from to_finetune.data.formats import Rows, Standard, standard
+from to_finetune.data.formats import Normalized, Rows, normalized
 from to_finetune.data.mixture import check_weights, hold_out, mix, read_all, same_form
 from to_finetune.errors import UsageError, did_you_mean
 
@@ -89,9 +89,9 @@ def load_data(
     if config and all(_is_local(name) for name in (*names, eval_name) if name):
         raise UsageError(f"dataset_config={config!r} is of a hub set; dataset_name={' '.join(names)!r} names none.")
 
-    def read(flag: str, name: str, split: str) -> Standard:
+    def read(flag: str, name: str, split: str) -> Normalized:
         source = f"{flag}={name!r}"
-        return standard(source, _read(source, name, split, config, streaming), text_column)
+        return normalized(source, _read(source, name, split, config, streaming), text_column)
 
     sets = [read("dataset_name", name, split) for name in names]
     same_form(sets)

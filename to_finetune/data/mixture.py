@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 
 from datasets import Dataset, concatenate_datasets, interleave_datasets
 
-from to_finetune.data.formats import Rows, Standard
+from to_finetune.data.formats import Normalized, Rows
 from to_finetune.errors import UsageError
 
 SPLIT_SEED = 42  # the held-out rows are the same for every --seed
@@ -39,7 +39,7 @@ def check_weights(names: Sequence[str], weights: Sequence[float] | None, streami
         raise UsageError(f"dataset_weights={' '.join(f'{weight:g}' for weight in weights)} is not valid: {wanted}.")
 
 
-def same_form(sets: Sequence[Standard]) -> None:
+def same_form(sets: Sequence[Normalized]) -> None:
     """Refuse sets that TRL would have to prepare in different ways.
 
     Raises:

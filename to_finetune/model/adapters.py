@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from to_finetune.errors import UsageError, did_you_mean
+from to_finetune.errors import UsageError, at_least_one, did_you_mean
 from to_finetune.model.subset import Match, Subset
 
 ALL_LINEAR = "all-linear"
@@ -26,8 +26,7 @@ def lora_config(r: int, alpha: int, dropout: float, target_modules: Sequence[str
     Raises:
         UsageError: for values out of range.
     """
-    if r < 1:
-        raise UsageError(f"lora_r={r} is not valid: at least 1.")
+    at_least_one(lora_r=r)
     if alpha <= 0:
         raise UsageError(f"lora_alpha={alpha} is not valid: above 0.")
     if not 0 <= dropout < 1:

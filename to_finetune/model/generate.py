@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from to_finetune.data.prompts import Message, PromptForm, prompt_tokens
-from to_finetune.errors import UsageError
+from to_finetune.errors import UsageError, at_least_one
 
 Write = Callable[[str], None]  # takes an answer's text, piece by piece
 
@@ -29,8 +29,7 @@ class Decoding:
     seed: int | None = None  # set before each answer, so that it does not depend on those before
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens={self.max_new_tokens} is not valid: at least 1.")
+        at_least_one(max_new_tokens=self.max_new_tokens)
         if not 0 <= self.temperature < float("inf"):
             raise UsageError(f"temperature={self.temperature:g} is not valid: 0 (the most likely token) or more.")
         if self.top_p is not None and not 0 < self.top_p <= 1:

@@ -37,7 +37,7 @@ def show(opened: OpenModel, prompt: str, decoding: Decoding, console: Console, c
         table.add_column(voice, style=style, ratio=1, overflow="fold")
         with console.status(f"{voice} answers"), opened.as_base() if voice == "base" else nullcontext():
             said = answer(opened.model, opened.tokenizer, messages, opened.form, decoding)
-        row.append(Text(said.text.strip()).append(ending(said, decoding), "dim"))
+        row.append(Text(said.text.strip()).append(ending(said), "dim"))
     table.add_row(*row)
     console.print(table)
 
@@ -67,11 +67,9 @@ def chat(opened: OpenModel, decoding: Decoding, console: Console, compare: bool 
                     _turn(opened, messages, line, decoding, console, STYLES[voice])
 
 
-def ending(said: Answer, decoding: Decoding) -> str:
+def ending(said: Answer) -> str:
     """Why an answer stops where it does; nothing for one that ended by itself."""
-    if said.ended:
-        return ""
-    return f" [cut at {said.tokens} tokens]"
+    return "" if said.ended else f" [cut at {said.tokens} tokens]"
 
 
 def _turn(opened: OpenModel, said: list[Message], line: str, decoding: Decoding, console: Console, style: str) -> None:
@@ -97,7 +95,7 @@ def _stream(opened: OpenModel, messages: list[Message], decoding: Decoding, cons
         console.print(Text(text, style), end="", soft_wrap=True)
 
     said = answer(opened.model, opened.tokenizer, messages, opened.form, decoding, write)
-    console.print(Text(ending(said, decoding), "dim"), end="\n\n", soft_wrap=True)
+    console.print(Text(ending(said), "dim"), end="\n\n", soft_wrap=True)
     return said.text
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 from transformers import PretrainedConfig
 
-from to_finetune.errors import UsageError, did_you_mean
+from to_finetune.errors import UsageError, at_least_one, did_you_mean
 from to_finetune.model.load import load_config
 from to_finetune.model.quantized import Quantization
 from to_finetune.optim import DiagonalTO
@@ -124,14 +124,12 @@ class Settings:
             raise CannotSay(
                 f"A {self.work.quantization} base under {self.layout} cannot be planned; plan it under ddp."
             )
-        for name, value in (
-            ("per_device_train_batch_size", self.work.rows),
-            ("gradient_accumulation_steps", self.accumulation),
-            ("max_length", self.work.length),
-            ("num_processes", self.processes),
-        ):
-            if value < 1:
-                raise UsageError(f"{name}={value} is not valid: at least 1.")
+        at_least_one(
+            per_device_train_batch_size=self.work.rows,
+            gradient_accumulation_steps=self.accumulation,
+            max_length=self.work.length,
+            num_processes=self.processes,
+        )
 
     @property
     def is_deepspeed(self) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import sys
 from argparse import ArgumentError
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -17,7 +18,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig, TrlParser
 
-from to_finetune.errors import UsageError, did_you_mean
+from to_finetune.errors import UsageError, at_least_one, did_you_mean
 from to_finetune.model.quantized import Quantization
 from to_finetune.model.select import chosen_patterns, listed
 from to_finetune.training.optimizers import (
@@ -165,9 +166,8 @@ class TrainableOptimizerArguments:
     )
 
     def __post_init__(self) -> None:
-        for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, key) < 1:
-                raise UsageError(f"{key}={getattr(self, key)} is not valid: at least 1.")
+        counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        at_least_one(**{key: getattr(self, key) for key in counts})
         name = self.optim
         hf_names = [option.value for option in OptimizerNames]
         if name not in OPTIMIZERS and name not in hf_names:
@@ -232,8 +232,8 @@ class FinetuneArguments(TrainableOptimizerArguments, SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.max_length is not None and self.max_length < 1:
-            raise UsageError(f"max_length={self.max_length} is not valid: at least 1.")
+        if self.max_length is not None:
+            at_least_one(max_length=self.max_length)
         if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
             key = "num_train_epochs" if self.max_steps else "max_steps"
             raise UsageError(f"{key}={getattr(self, key)} is not valid: it trains nothing.")
@@ -307,25 +307,12 @@ def parse_arguments(
     parser = _Parser(classes, allow_abbrev=False)
     parser.prog = "finetune.py"
     flags_of_fields = {action.dest for action in parser._actions}
-    types = {k: str(t) for cls in classes for k, t in get_type_hints(cls).items() if k in flags_of_fields}
-    options = {option.lstrip("-").replace("-", "_") for option in parser._option_string_actions} | {"config"}
+    types = {k: t for cls in classes for k, t in get_type_hints(cls).items() if k in flags_of_fields}
 
     config, argv = _take_config(argv)
-    flags = [item[2:].split("=")[0] for item in argv if item.startswith("--")]
-    problems = [
-        f"Unknown {where} {key!r}.{did_you_mean(key, [*types, *beside])}"
-        for where, keys, known in (("key in the configuration file", config, types), ("flag", flags, options))
-        for key in keys
-        if key.replace("-", "_") not in known
-    ]
-    if problems:
-        raise UsageError(" ".join(problems))
+    _check_names(config, argv, types, parser, beside)
     config = {key.replace("-", "_"): value for key, value in config.items()}
-    for key, value in config.items():
-        if value is None and not _has_structure(None, types[key]):
-            raise UsageError(f"--config: {key} has no value; leave it out for its default.")
-        if value == [] and key != "report_to":  # which so says none
-            raise UsageError(f"--config: {key} is an empty list; leave it out for its default.")
+    _check_given(config, types)
     structured = {key: value for key, value in config.items() if _has_structure(value, types[key])}
     # All others as if they had been typed before the flags, so that their types and choices are checked as well.
     argv = [f"--{key}={value}" for key, value in config.items() if key not in structured] + argv
@@ -344,10 +331,35 @@ def parse_arguments(
     return model, data, args
 
 
-def _has_structure(value: Any, declared: str) -> bool:
+def _check_names(
+    config: Iterable[str], argv: Sequence[str], types: Mapping[str, Any], parser: _Parser, beside: Collection[str]
+) -> None:
+    """Refuse keys and flags that are not known, all in one sentence."""
+    options = {option.lstrip("-").replace("-", "_") for option in parser._option_string_actions} | {"config"}
+    flags = [item[2:].split("=")[0] for item in argv if item.startswith("--")]
+    problems = [
+        f"Unknown {where} {key!r}.{did_you_mean(key, [*types, *beside])}"
+        for where, keys, known in (("key in the configuration file", config, types), ("flag", flags, options))
+        for key in keys
+        if key.replace("-", "_") not in known
+    ]
+    if problems:
+        raise UsageError(" ".join(problems))
+
+
+def _check_given(config: Mapping[str, Any], types: Mapping[str, Any]) -> None:
+    """Refuse keys of the file without a value."""
+    for key, value in config.items():
+        if value is None and not _has_structure(None, types[key]):
+            raise UsageError(f"--config: {key} has no value; leave it out for its default.")
+        if value == [] and key != "report_to":  # which so says none
+            raise UsageError(f"--config: {key} is an empty list; leave it out for its default.")
+
+
+def _has_structure(value: Any, declared: Any) -> bool:
     """Whether `value` is a list, a mapping or null, and the type that is declared has it."""
-    words = {list: ("list", "List"), dict: ("dict", "Dict"), type(None): ("None", "Optional")}
-    return any(word in declared for word in words.get(type(value), ()))
+    kinds = get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)
+    return type(value) in (list, dict, NoneType) and type(value) in {get_origin(kind) or kind for kind in kinds}
 
 
 def _take_config(argv: list[str]) -> tuple[dict[str, Any], list[str]]:

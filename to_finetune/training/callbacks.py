@@ -162,16 +162,16 @@ class SaveOnSignal(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.restore()
+        self.close()
 
-    def restore(self) -> None:
+    def close(self) -> None:
         """Give the signals back to whoever had them."""
         self._handler.close()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         print(f"\n{self.received.name}: saving a checkpoint after this step; once more to stop at once.", flush=True)
-        self.restore()
+        self.close()
 
     def _any_process_received(self, args: TrainingArguments) -> bool:
         """All processes must stop at the same step, though the signal may reach them at different ones."""

@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 from transformers import TrainingArguments
 
-from to_finetune.errors import UsageError
+from to_finetune.errors import UsageError, at_least_one
 from to_finetune.signals import on_stop
 from to_finetune.training.optimizers import OPTIMIZERS
 
@@ -40,8 +40,8 @@ def command_for(flags: Sequence[str], processes: int | None, config: str | None,
     """
     run = ["-m", "to_finetune.finetune", *flags]
     machines = 1 if config is None else _machines(config)
-    if processes is not None and processes < 1:
-        raise UsageError(f"--num_processes {processes} is not valid: at least 1.")
+    if processes is not None:
+        at_least_one(num_processes=processes)
     if config is not None and not gpus:
         raise UsageError(f"--accelerate_config {config} spreads a run over GPUs, and this one is on the CPU.")
     if gpus and processes and processes > gpus and machines == 1:

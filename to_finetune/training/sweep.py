@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from to_finetune.errors import RunError, UsageError
+from to_finetune.errors import RunError, UsageError, at_least_one
 from to_finetune.files import check_place, write_json
 from to_finetune.runs import RECORD, last_checkpoint, mapping, read
 from to_finetune.signals import on_stop
@@ -229,8 +229,7 @@ def sweep(
     """
     base = _parse(flags)
     args = base[2]
-    if trials < 1:
-        raise UsageError(f"trials={trials} is not valid: at least 1.")
+    at_least_one(trials=trials)
     _check_seeds(seeds)
     settle_learning_rate(base[0], args)
     texts = search_texts(search, args)

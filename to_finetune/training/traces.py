@@ -143,7 +143,7 @@ class SampleAnswers:
 
     def take(self, when: Literal["before", "after"]) -> None:
         """Write the model's answers as it is now; on process 0."""
-        if not self.prompts:
+        if not self.prompts or not self.trainer.args.should_save:
             return
         try:
             answers = self._answers()
