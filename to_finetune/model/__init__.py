@@ -1,4 +1,4 @@
-"""What is trained: loading the base, choosing the subset, saving and loading the trained part."""
+"""The model: loading the base, choosing, saving and merging what trains, asking and describing the result."""
 
 from to_finetune.model.load import load_finetuned, load_model, load_tokenizer
 from to_finetune.model.subset import select_trainable

@@ -27,9 +27,8 @@ from to_finetune.optim.stateful import Group, Params, StatefulOptimizer, compute
 class TrainableOptimizer(StatefulOptimizer):
     """Base class of `DiagonalTO`, `RankOneTO` and `FullTO`, which differ in the form of the slope alone.
 
-    A variant names its state in `state_names` (tensors of the weight's shape that start at zero), the fast paths
-    that it has in `fast_paths`, and says in `_update` how a group's weights move on the plain path. State is created
-    in `step()` and never changes its dtype on loading.
+    A variant is a `StatefulOptimizer`'s description of its state, the sums that it needs of a block (`_own_sums`), and
+    how weights move on the plain path (`_update`). State is created in `step()` and never changes its dtype on loading.
     """
 
     def __init__(

@@ -35,11 +35,11 @@ WHOLES = "whole_tensors"  # in a saved group: see `universal`
 class StatefulOptimizer(Optimizer, ABC):
     """What an optimizer holds, apart from what it does with it in a step."""
 
-    state_names: tuple[str, ...]
-    block_names: tuple[str, ...] = ()  # of state that is not of the weight's shape
+    state_names: tuple[str, ...]  # of the weight's shape; they start at zero, or as `_start` says
+    block_names: tuple[str, ...] = ()  # of state that has another shape
     state_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.int8)
-    fast_paths: tuple[str, ...] = ()
-    variant: str  # its name in the fused kernels
+    fast_paths: tuple[str, ...] = ()  # of "foreach" and "fused"
+    variant: str  # its name in the fused kernels and in what is saved
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         self._given: list[Given] = []

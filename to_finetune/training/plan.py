@@ -1,4 +1,4 @@
-"""A run's flags as a plan of its memory, and what it really took."""
+"""A run's flags as a plan of its memory."""
 
 from __future__ import annotations
 
