@@ -142,6 +142,7 @@ def test_a_frozen_bottom_keeps_nothing(small: Blueprint) -> None:
         {"unfrozen_last_layers": 1},
         {"load_in_4bit": True, "unfrozen_last_layers": 1},
         {"load_in_4bit": True, "use_peft": True, "lora_r": 4},
+        {"packing": True, "unfrozen_last_layers": 1},
         {"load_in_8bit": True, "use_peft": True, "lora_r": 4},
     ],
     ids=str,
