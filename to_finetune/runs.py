@@ -1,4 +1,4 @@
-"""A run's folder: what its files are called, and where in it a run can go on."""
+"""A run's folder: what its files are called, how they are read, and where in it the run can go on."""
 
 from __future__ import annotations
 

@@ -135,6 +135,7 @@ def write_names(path: str | os.PathLike[str], names: Sequence[str], about: str) 
 
 
 def write_lines(path: str | os.PathLike[str], lines: Sequence[str]) -> None:
+    """Write a file whole, in a folder that is made if it is not there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "\n".join(lines) + "\n")
