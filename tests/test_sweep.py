@@ -27,7 +27,7 @@ from to_finetune.errors import RunError, UsageError
 from to_finetune.model import select_trainable
 from to_finetune.report.sweep import findings, sweep_table
 from to_finetune.training import TOTrainer, TOTrainingArguments
-from to_finetune.training import sweep as sweep_module
+from to_finetune.training import trial as trial_module
 from to_finetune.training.optimizers import recommended_learning_rate
 from to_finetune.training.proofs import unwrapped
 from to_finetune.training.sweep import Sweep, sweep
@@ -66,7 +66,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         with log.open("a") as file, redirect_stdout(file), redirect_stderr(file):
             return finetune_module.main(words)
 
-    monkeypatch.setattr(sweep_module, "_finetune", finetune)
+    monkeypatch.setattr(trial_module, "finetune", finetune)
     return trained
 
 
@@ -99,7 +99,7 @@ class Pretence:
 @pytest.fixture
 def pretence(monkeypatch: pytest.MonkeyPatch) -> Pretence:
     pretend = Pretence()
-    monkeypatch.setattr(sweep_module, "_finetune", pretend)
+    monkeypatch.setattr(trial_module, "finetune", pretend)
     monkeypatch.setattr("to_finetune.report.page.write_report", lambda runs, path: path.write_text(str(len(runs))))
     return pretend
 

@@ -7,24 +7,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import statistics
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 
 from to_finetune.errors import RunError, UsageError, at_least_one
 from to_finetune.files import check_place, write_json
-from to_finetune.runs import RECORD, last_checkpoint, mapping, read
-from to_finetune.signals import on_stop
 from to_finetune.training.arguments import (
     ArgumentsElsewhere,
     DataArguments,
@@ -45,6 +39,7 @@ from to_finetune.training.search import (
     range_ends,
     search_texts,
 )
+from to_finetune.training.trial import last_line, record_of, trained
 
 try:
     import optuna
@@ -382,33 +377,23 @@ def _next(study: optuna.Study, space: Space, made: Sweep) -> tuple[int, dict[str
 
 
 def _run(made: Sweep, number: int, values: dict[str, Any], name: str, on_line: Callable[[str, str], None]) -> Trial:
-    """Train in the folder `name`, from its last checkpoint if it has one; what is done there is read.
+    """Train in the folder `name`; what is done there is read.
 
     Raises:
         UsageError: when `finetune.py` refuses its flags.
         KeyboardInterrupt: when this process was told to stop.
     """
-    folder = made.folder / name
-    if _record(folder).get("status") != "done":
-        words = [*made.flags, *as_flags(values, made.args), "--output_dir", str(folder)]
-        if last_checkpoint(folder):
-            words += ["--resume_from_checkpoint", "true"]
-        elif folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        code = _finetune(words, folder / "log.txt", lambda line: on_line(name, line))
-        if code == 2 and _record(folder).get("status") != "done":
-            raise UsageError(f"{name}: {_last_line(folder).removeprefix('error: ')}")
-    record = _record(folder)  # one that failed has results too, of the steps before
+    flags = [*made.flags, *as_flags(values, made.args)]
+    record = trained(made.folder / name, flags, lambda line: on_line(name, line))  # one that failed has results too
     loss = record["results"].get(made.objective) if record.get("status") == "done" else None
     return _ended(made, number, values, name, loss)
 
 
 def _ended(made: Sweep, number: int, values: dict[str, Any], name: str, loss: float | None) -> Trial:
     """A run by its record; one that is told an infinite loss has diverged."""
-    record = _record(made.folder / name)
+    record = record_of(made.folder / name)
     results = record.get("results", {})
-    error = str(record.get("error") or _last_line(made.folder / name))
+    error = str(record.get("error") or last_line(made.folder / name))
     status = "done"
     if loss is None or loss == math.inf:
         blown_up = error.startswith("RunError") and ("diverged" in error or "not finite" in error)
@@ -423,66 +408,6 @@ def _ended(made: Sweep, number: int, values: dict[str, Any], name: str, loss: fl
         folder=name,
         error=None if status == "done" else error,
     )
-
-
-def _finetune(words: Sequence[str], log: Path, on_line: Callable[[str], None]) -> int:
-    """Run `finetune.py` in a process of its own, its output in `log`; returns its exit code.
-
-    With several GPUs it is `to-finetune train`, which uses all of them.
-
-    Raises:
-        KeyboardInterrupt: when this process got Ctrl-C or SIGTERM, which it passes on, once the run has ended.
-    """
-    module = ["to_finetune.cli", "train"] if torch.cuda.device_count() > 1 else ["to_finetune.finetune"]
-    on_line("starts")
-    with (
-        log.open("a", encoding="utf-8") as file,
-        subprocess.Popen(
-            [sys.executable, "-m", *module, *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            start_new_session=True,  # Ctrl-C reaches it once, through this process
-        ) as process,
-        _signals_passed_on(process.pid) as received,
-    ):
-        assert process.stdout is not None
-        for line in process.stdout:
-            file.write(line)
-            file.flush()
-            if line.startswith("step "):
-                on_line(line.strip())
-    if received:
-        raise KeyboardInterrupt
-    return process.returncode
-
-
-@contextmanager
-def _signals_passed_on(group: int) -> Iterator[list[int]]:
-    """Passes Ctrl-C and SIGTERM on to a group of processes; yields those that came."""
-    received = list[int]()
-
-    def pass_on(number: int, frame: Any) -> None:
-        received.append(number)
-        with suppress(ProcessLookupError):  # it has just ended
-            os.killpg(group, number)
-
-    with on_stop(pass_on):
-        yield received
-
-
-def _record(folder: Path) -> Mapping[str, Any]:
-    """The run.json of a run, or nothing."""
-    return read(folder / RECORD, mapping) or {}
-
-
-def _last_line(folder: Path) -> str:
-    """Of a run's log: what it ended with."""
-    log = folder / "log.txt"
-    lines = log.read_text(encoding="utf-8").split("\n") if log.is_file() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "its folder has no log.txt")
 
 
 def _no_infinity(loss: float | None) -> float | str | None:
