@@ -309,7 +309,7 @@ def test_steps_are_counted_as_the_trainer_does(
         "num_train_epochs": epochs,
         "dataloader_drop_last": drop,
     }
-    with mock.patch("to_finetune.training.trainer.TOSFTTrainer.train"):  # it is only made
+    with mock.patch("to_finetune.training.sft.TOSFTTrainer.train"):  # it is only made
         run = finetune(tmp_path / "run", max_steps=None, dataset_train_split=f"train[:{rows}]", **options)
     loader = run.trainer.get_train_dataloader()
     expected = run.trainer.set_initial_training_values(run.trainer.args, loader)

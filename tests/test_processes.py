@@ -20,7 +20,7 @@ from to_finetune.data.preview import IGNORED
 from to_finetune.errors import UsageError
 from to_finetune.training.arguments import parse_arguments, resolved_config
 from to_finetune.training.launch import check_layout, check_processes, processes_asked_for
-from to_finetune.training.trainer import filled_up
+from to_finetune.training.sft import filled_up
 
 from .helpers import Run, flags
 

@@ -48,8 +48,8 @@ from to_finetune.training.memory import RunMemory
 from to_finetune.training.prepare import data_report, prepare_data, prepare_model, prepare_trainer, settle_learning_rate
 from to_finetune.training.proofs import check_saved
 from to_finetune.training.record import RunRecord, resume_point, summarise
+from to_finetune.training.sft import TOSFTTrainer
 from to_finetune.training.traces import SampleAnswers, SlopeTrace, write_parameters
-from to_finetune.training.trainer import TOSFTTrainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:

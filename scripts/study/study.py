@@ -39,7 +39,7 @@ from to_finetune.training.arguments import parse_arguments
 from to_finetune.training.callbacks import StopOnNonFinite
 from to_finetune.training.prepare import prepare_data, prepare_model, prepare_trainer
 from to_finetune.training.proofs import unwrapped
-from to_finetune.training.trainer import TOSFTTrainer
+from to_finetune.training.sft import TOSFTTrainer
 
 RESULTS = Path(__file__).parent / "results"
 AGAIN = (RESULTS / "again", RESULTS / "third")  # of base models that were pretrained once more, and a third time

@@ -80,11 +80,11 @@ def kill_once(process: str, where: str) -> None:
     """The process with this rank dies in its third step, or while it saves its second checkpoint."""
     if os.environ["RANK"] != process or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
         return
-    from to_finetune.training import trainer
+    from to_finetune.training import sft, trainer
 
     calls = 0
     owner, name, last = {
-        "step": (trainer.TOSFTTrainer, "training_step", 3),
+        "step": (sft.TOSFTTrainer, "training_step", 3),
         "save": (trainer, "save_state", 2),
     }[where]
     function = getattr(owner, name)

@@ -25,7 +25,7 @@ from to_finetune.planning import (
 from to_finetune.training.arguments import ArgumentsElsewhere, FinetuneArguments, ModelArguments, parse_arguments
 from to_finetune.training.launch import asks_for_fsdp
 from to_finetune.training.prepare import check_base
-from to_finetune.training.trainer import TOSFTTrainer
+from to_finetune.training.sft import TOSFTTrainer
 
 # Flags that change what a step holds in ways that a dry run does not know.
 UNKNOWN = ("torch_compile", "use_liger_kernel", "activation_offloading", "label_smoothing_factor")

@@ -28,7 +28,7 @@ from to_finetune.model.subset import Subset, keep_trained_in_float32, select_tra
 from to_finetune.training.arguments import DataArguments, FinetuneArguments, ModelArguments
 from to_finetune.training.launch import asks_for_fsdp
 from to_finetune.training.optimizers import recommended_learning_rate
-from to_finetune.training.trainer import TOSFTTrainer
+from to_finetune.training.sft import TOSFTTrainer
 
 
 def prepare_model(model_args: ModelArguments, args: FinetuneArguments, is_trained: bool = True) -> tuple[Any, Subset]:

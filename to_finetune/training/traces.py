@@ -24,7 +24,7 @@ from to_finetune.optim import DiagonalTO, RankOneTO
 from to_finetune.optim.checkpoint import named
 from to_finetune.optim.slopes import QUANTILES, SAMPLE, Slope, slopes
 from to_finetune.training.proofs import unwrapped
-from to_finetune.training.trainer import TOSFTTrainer
+from to_finetune.training.sft import TOSFTTrainer
 
 MOMENTS = 20  # at which the slopes are looked at, at most
 ROWS, NEW_TOKENS = 3, 64  # of the answers

@@ -1,27 +1,22 @@
-"""The Trainable Optimizers on Hugging Face's Trainer and TRL's SFTTrainer, through one mixin."""
+"""The Trainable Optimizers on any Trainer of Hugging Face's, through one mixin."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
 from pickle import UnpicklingError
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
-from trl import SFTTrainer
 
-from to_finetune.data.preview import IGNORED
 from to_finetune.errors import RunError
 from to_finetune.model.trained import (
     check_finite,
@@ -253,84 +248,6 @@ class TOTrainer(TrainableOptimizerMixin, Trainer):
     """`transformers.Trainer` with the Trainable Optimizers."""
 
 
-class TOSFTTrainer(TrainableOptimizerMixin, SFTTrainer):
-    """`trl.SFTTrainer` with the Trainable Optimizers, its speed in the log, and a held-out loss over tokens.
-
-    Hugging Face averages the batches' mean losses, which depends on the batch size and on the number of processes.
-
-    Attributes:
-        uncut: the tokenized rows, as long as they are, under "train" and "eval": what was cut can be told from them.
-    """
-
-    _last_log: tuple[float, float] = (0.0, 0.0)  # when, and the tokens until then
-
-    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        self.uncut: dict[str, Any] = {}
-        trained = [(p, p.data) for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
-        super().__init__(model, *args, **kwargs)
-        for p, data in trained:
-            if p.dtype != data.dtype:  # TRL rounds to bfloat16 what trains on a quantised base
-                p.data = data.to(p.device)
-
-    def _prepare_dataset(
-        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
-    ) -> Any:
-        """TRL's, in two steps: it tokenizes, and then it cuts or packs what has been tokenized.
-
-        Held-out rows are made to share out evenly over several processes: accelerate would repeat some, which count.
-        """
-        whole = copy(args)
-        whole.max_length, whole.shuffle_dataset = None, False
-        rows = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
-        self.uncut[dataset_name] = rows
-        rows = super()._prepare_dataset(rows, processing_class, args, packing, None, dataset_name)
-        if dataset_name != "train" and args.world_size > 1 and isinstance(rows, Dataset):
-            return filled_up(rows, args.world_size * args.eval_batch_size)
-        return rows
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the tokens a second since the last log, over all processes; the time of an evaluation does not count."""
-        if "loss" in logs:
-            before, tokens_before = self._last_log
-            tokens = self._total_train_tokens - tokens_before
-            logs["tokens_per_second"] = tokens / (time.perf_counter() - before)
-        self._last_log = (time.perf_counter(), self._total_train_tokens)
-        super().log(logs, start_time)
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> Any:
-        """Replace the loss by the mean over all held-out tokens of all processes."""
-        self._held_out = torch.zeros(2, dtype=torch.float64)  # the sum of the losses, and the tokens
-        output: Any = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-        )
-        total, tokens = self.accelerator.reduce(self._held_out.to(self.args.device, torch.float32)).tolist()
-        if tokens:
-            output.metrics[f"{metric_key_prefix}_loss"] = total / tokens
-        return output
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """In an evaluation, also add to the sums of `evaluation_loop`."""
-        if self.model.training:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        tokens = (inputs["labels"][:, 1:] != IGNORED).sum().cpu()
-        result = super().compute_loss(model, inputs, *args, **kwargs)
-        loss = (result[0] if isinstance(result, tuple) else result).detach().cpu()
-        if tokens:  # else there is no mean loss
-            self._held_out += torch.stack([loss * tokens, tokens])
-        return result
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._last_log = (time.perf_counter(), self._total_train_tokens)
-        return super().train(*args, **kwargs)
-
-
 @contextmanager
 def without_token(args: TrainingArguments) -> Iterator[None]:
     """While they are written to a file that is handed on with the weights."""
@@ -351,12 +268,3 @@ def whole_parameter(p: Tensor) -> Tensor:
         with deepspeed.zero.GatheredParameters([p]):
             return p.detach().clone()
     return p.detach()
-
-
-def filled_up(rows: Dataset, size: int) -> Dataset:
-    """Prepared rows, with some that have no loss at the end, so that they are a multiple of `size`."""
-    missing = -len(rows) % size
-    if not missing:
-        return rows
-    without_loss = {**rows[0], "labels": [IGNORED] * len(rows[0]["labels"])}
-    return concatenate_datasets([rows, Dataset.from_list([without_loss] * missing, features=rows.features)])
