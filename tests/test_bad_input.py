@@ -71,6 +71,10 @@ BAD = {
         "'^model.layers.1.mlp.dwn_proj.weight$'",
         "'model.layers.1.mlp.down_proj.weight'",
     ),
+    "pattern that finds nothing, before the data": (
+        {"optim": "adamw_torch", "unfrozen_parameters": ["nosuch"], "dataset_name": "rws.jsonl"},
+        "'nosuch' is found in none",
+    ),
     "pattern with brackets": ({"unfrozen_parameters": ["[/x]_proj[y]"]}, "unfrozen_parameters", "'[/x]_proj[y]'"),
     "pattern that is none": ({"unfrozen_parameters": ["layers.("]}, "unfrozen_parameters", "'layers.('", "position 7"),
     "no pattern": ({"unfrozen_parameters": None, "config": "no_subset.yaml"}, "unfrozen_parameters", "empty"),
@@ -108,10 +112,6 @@ BAD = {
     "rows that are no number": ({"val_set_size": "nan"}, "val_set_size=nan is not valid: a number or a share"),
     "rows without end": ({"val_set_size": "inf"}, "val_set_size=inf is not valid: a number or a share"),
     "evaluation of nothing": ({"eval_strategy": "steps"}, "eval_strategy='steps'", "--val_set_size"),
-    "a metric that nobody measures": (
-        {"val_set_size": 4, "eval_strategy": "steps", "metric_for_best_model": "accuracy"},
-        "metric_for_best_model='accuracy': a run measures eval_loss alone",
-    ),
     "all labels masked": ({"max_length": 20}, "All labels are masked", "max_length=20"),
     # the rest
     "unknown logger": ({"report_to": "paper"}, "paper", "tensorboard"),

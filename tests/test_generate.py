@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -63,6 +64,13 @@ def chat_model(llama: Path) -> OpenModel:
     tokenizer = AutoTokenizer.from_pretrained(llama)
     tokenizer.chat_template = CHAT_TEMPLATE
     return OpenModel(AutoModelForCausalLM.from_pretrained(llama), tokenizer, "chat")
+
+
+def test_a_model_without_a_tokenizer_is_refused_before_a_weight_is_loaded(llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*", "special*"))
+    with mock.patch("to_finetune.model.opened.load_model") as load_model, pytest.raises(UsageError):
+        open_model(str(tmp_path / "model"), CPU)
+    load_model.assert_not_called()
 
 
 def greedy(model: Any, tokens: list[int], count: int) -> list[int]:

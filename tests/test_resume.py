@@ -97,6 +97,27 @@ def test_a_finished_run_that_is_resumed_stays_what_it_is(finetune: Finetune, tmp
     assert not (run.folder / "checkpoint-5").exists()
 
 
+def test_a_damaged_record_is_written_anew(finetune: Finetune, tmp_path: Path) -> None:
+    run = interrupted(finetune, tmp_path / "run", signal.SIGTERM)
+    (run.folder / "run.json").write_text('{"status": ')
+    assert finetune(run.folder, max_steps=STEPS, resume_from_checkpoint=True).record["status"] == "done"
+
+
+def test_a_signal_does_not_cut_the_record_of_a_failed_run_short(finetune: Finetune, tmp_path: Path) -> None:
+    """As torchrun's, when another process has died."""
+    from to_finetune.finetune import conclude
+
+    def killed(*args: Any, **outcome: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        conclude(*args, **outcome)
+
+    with mock.patch("to_finetune.finetune.conclude", killed):
+        run = finetune(tmp_path / "run", optim="sgd", learning_rate=1e30, max_steps=STEPS)
+    assert run.code == 1
+    assert "diverged" in run.record["error"]
+    assert (run.folder / "report.html").exists()
+
+
 def test_the_time_before_a_resume_counts(finetune: Finetune, tmp_path: Path) -> None:
     interrupted(finetune, tmp_path / "run", signal.SIGTERM)
     path = tmp_path / "run" / "checkpoint-4" / "trainer_state.json"

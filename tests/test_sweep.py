@@ -202,8 +202,9 @@ def test_bad_usage_in_a_trial_ends_the_sweep_with_its_sentence(
     assert in_process == ["trial-000", "trial-000", "trial-001"]
 
 
-def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
     """The trial is a process of its own, which the signal reaches through the sweep alone."""
     steps = 200
@@ -215,7 +216,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(
     def interrupt() -> None:
         while not ended.wait(0.05):
             if log.is_file() and "\nstep " in log.read_text():
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
                 return
 
     watcher = threading.Thread(target=interrupt)
@@ -223,7 +224,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(
     code = main(command)
     ended.set()
     watcher.join()
-    assert code == 130
+    assert code == 128 + number
     assert "interrupted; what is finished is kept" in capsys.readouterr().err
     (checkpoint,) = log.parent.glob("checkpoint-*")
     stopped = int(checkpoint.name.rpartition("-")[2])

@@ -113,7 +113,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     if args.should_save:
         record.begin()
         write_parameters(trainer.model, record.folder)
-    with recorded(trainer, record), closing(signals):
+    with closing(signals), recorded(trainer, record):  # torchrun's SIGTERM must not cut the record short
         samples.take("before")
         trainer.train(resume_from_checkpoint=resume)
         if signals.stopped:

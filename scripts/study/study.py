@@ -141,7 +141,7 @@ def main() -> None:
         help=names,
     )
     arguments = parser.parse_args()
-    base_models.check_data(arguments.data_dir)
+    base_models.check_data(arguments.data_dir, "alpaca_data.json", "user_oriented_instructions.jsonl")
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     for cell in arguments.cells:

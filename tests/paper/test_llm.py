@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,6 +170,16 @@ def test_a_process_that_dies_is_an_error(tmp_path: Path, monkeypatch: pytest.Mon
         pytest.raises(RunError, match=r"has died, its last line in log is: no such library"),
     ):
         train(finetune, [], [])
+
+
+def test_a_process_that_has_died_before_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm, "WORKER", "import sys; sys.exit('gone')")
+    with finetune_process(tmp_path / "log", stand_ins=None) as finetune:
+        while "gone" not in (tmp_path / "log").read_text():
+            time.sleep(0.01)
+        time.sleep(0.1)  # until its end of the pipe is closed
+        with pytest.raises(RunError, match="has died"):
+            train(finetune, ["x" * 100_000], [])
 
 
 def test_a_process_that_dies_has_not_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

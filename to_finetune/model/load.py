@@ -152,13 +152,17 @@ def load_base(
         for name, p in skeleton.named_parameters():
             p.requires_grad_(name in tensors)
         quantization_config = quantize_frozen(quantization, skeleton, skeleton.dtype if dtype == "auto" else dtype)
+    is_own = (Path(folder) / "tokenizer_config.json").is_file()
+    tokenizer: Any = (
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if is_own
+        else load_tokenizer(*base, trust_remote_code)
+    )
     model: Any = load_model(*base, dtype, None, trust_remote_code, quantization_config)
     if holds_adapters(folder):
         model = with_adapters(model, adapter_config(folder))
-    if not (Path(folder) / "tokenizer_config.json").is_file():
-        return model, load_tokenizer(*base, trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    align_special_tokens(model, tokenizer)  # a run may have taught another end
+    if is_own:
+        align_special_tokens(model, tokenizer)  # a run may have taught another end
     return model, tokenizer
 
 

@@ -95,7 +95,7 @@ def open_model(
     model: Any
     base_tensors: dict[str, Tensor] = {}
     if run is None or run.part == "whole":
-        model, tokenizer = load_model(name, dtype=dtype), load_tokenizer(name)
+        tokenizer, model = load_tokenizer(name), load_model(name, dtype=dtype)
         if run and with_base:
             base = load_model(str(run.base), run.config.get("model_revision"), dtype)
             base_tensors = dict(base.named_parameters())

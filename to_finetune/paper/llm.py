@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -207,7 +207,8 @@ def finetune_process(log: Path, stand_ins: Path | None) -> Iterator[Finetune]:
     ):
 
         def finetune(flags: list[str]) -> str | None:
-            print(json.dumps(flags), file=process.stdin, flush=True)
+            with suppress(BrokenPipeError):  # it has died before
+                print(json.dumps(flags), file=process.stdin, flush=True)
             code = cast(IO[str], process.stdout).readline().strip()
             last = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
             if not code:  # as where memory runs out
@@ -218,6 +219,8 @@ def finetune_process(log: Path, stand_ins: Path | None) -> Iterator[Finetune]:
             yield finetune
         finally:
             process.kill()  # what it has finished is in the ledger
+            with suppress(BrokenPipeError):
+                cast(IO[str], process.stdin).close()
 
 
 def make_stand_ins(folder: str) -> None:

@@ -187,7 +187,7 @@ def _slopes(found: Any) -> Slopes:
         raise ValueError("not as many sizes as steps")
     if any(len(one.quantiles) not in (0, len(found["quantiles_at"])) for one in tensors.values()):
         raise ValueError("other quantiles")
-    return Slopes(str(found["form"]), found["grad_scale"], int(found["sample"]), steps, tensors)
+    return Slopes(str(found["form"]), found["grad_scale"], int(found.get("sample", 1 << 16)), steps, tensors)
 
 
 def _samples(found: Any) -> list[Sample]:

@@ -65,10 +65,10 @@ def settle_learning_rate(model_args: ModelArguments, args: FinetuneArguments) ->
     """Where none was asked for, a TO's rate for this model and what trains of it.
 
     Raises:
-        UsageError: as `prepare_model`.
+        UsageError: as `prepare_model`, also where one was.
     """
+    skeleton, *_ = _without_weights(model_args, args)
     if args.learning_rate is None:
-        skeleton, *_ = _without_weights(model_args, args)
         args.learning_rate = recommended_learning_rate(skeleton)
 
 
@@ -243,8 +243,6 @@ def _check_data_flags(data_args: DataArguments, args: FinetuneArguments) -> None
         raise UsageError("truncation_mode='keep_end' does nothing with --packing true, which keeps the start.")
     if args.eval_packing and not (args.packing or args.padding_free):
         raise UsageError("eval_packing=True needs --packing true: else packed held-out rows would see each other.")
-    if args.metric_for_best_model not in (None, "loss", "eval_loss"):
-        raise UsageError(f"metric_for_best_model={args.metric_for_best_model!r}: a run measures eval_loss alone.")
 
 
 def _check_losses(form: str, args: FinetuneArguments) -> None:

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from operator import mul
 from pathlib import Path
@@ -140,8 +141,10 @@ class RunRecord:
 
 
 def _rows_a_step(folder: Path) -> int | None:
-    """Those that a run.json tells of."""
-    return (read(folder / RECORD, mapping) or {}).get("rows_a_step")
+    """Those that a run.json tells of; a damaged one, which is written anew, of none."""
+    with suppress(UsageError):
+        return (read(folder / RECORD, mapping) or {}).get("rows_a_step")
+    return None
 
 
 def _words(value: Any) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,7 +90,7 @@ def finetune(words: Sequence[str], log: Path, on_line: Callable[[str], None]) ->
             if line.startswith("step "):
                 on_line(line.strip())
     if received:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(signal.Signals(received[0]))
     return process.returncode
 
 
