@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from to_finetune import __version__
 from to_finetune.errors import RunError, UsageError, did_you_mean
+from to_finetune.signals import signal_of
 
 VERBS = {
     "train": "fine-tune a model, through accelerate, with the right number of processes",
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run(arguments)
     except KeyboardInterrupt as interrupt:
         print("interrupted; what is finished is kept", file=sys.stderr)
-        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
+        return 128 + signal_of(interrupt)
     except ModuleNotFoundError as error:
         if str(error.name).startswith("to_finetune"):
             raise

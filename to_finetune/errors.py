@@ -14,14 +14,14 @@ class RunError(RuntimeError):
     """The run is not doing what was asked, or cannot go on. Exit code 1."""
 
 
-def at_least_one(**numbers: float) -> None:
-    """Refuse those below 1.
+def at_least_one(**numbers: float | None) -> None:
+    """Refuse those below 1; None is one that was not given.
 
     Raises:
         UsageError: naming the first.
     """
     for name, number in numbers.items():
-        if number < 1:
+        if number is not None and number < 1:
             raise UsageError(f"{name}={number} is not valid: at least 1.")
 
 

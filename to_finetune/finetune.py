@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -27,7 +26,7 @@ from to_finetune.report.page import write_report
 from to_finetune.report.plot import plot_losses
 from to_finetune.report.push import check_push, push
 from to_finetune.runs import CONFIG, RECORD, last_checkpoint
-from to_finetune.signals import sigterm_interrupts
+from to_finetune.signals import signal_of, sigterm_interrupts
 from to_finetune.training.arguments import (
     DataArguments,
     FinetuneArguments,
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with sigterm_interrupts():
             return finetune(*parse_arguments(argv))
     except KeyboardInterrupt as interrupt:
-        number = interrupt.args[0] if interrupt.args else signal.SIGINT
+        number = signal_of(interrupt)
         if is_first:
             print(f"{number.name}: stopped at once; checkpoints that are there are kept.", file=sys.stderr)
         return 128 + number

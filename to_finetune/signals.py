@@ -23,6 +23,11 @@ def on_stop(
             signal.signal(number, previous)
 
 
+def signal_of(interrupt: KeyboardInterrupt) -> signal.Signals:
+    """The one that raised it: Ctrl-C's, or as `sigterm_interrupts` says."""
+    return interrupt.args[0] if interrupt.args else signal.SIGINT
+
+
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
     """SIGTERM raises KeyboardInterrupt, as Ctrl-C does: what is begun is ended, and its record says so.

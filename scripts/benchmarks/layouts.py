@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from tests.layouts.training import LAYOUTS, OPTIMIZERS, STATES, launch
-from to_finetune.files import write_whole
+from to_finetune.files import write_json
 from to_finetune.machine import machine
 from to_finetune.optim.blocks import SUMS
 
@@ -40,7 +40,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found = [launch(["trajectories"], world, Path(folder) / str(world)) for world in WORLDS]
         results = {key: value for part in found for key, value in part["trajectories"].items()}
-        write_whole(FILE, json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+        write_json(FILE, {"machine": machine(), "results": results}, indent=1)
     print(table(json.loads(FILE.read_text())["results"]))
 
 

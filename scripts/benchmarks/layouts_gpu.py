@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from to_finetune.files import write_whole
+from to_finetune.files import write_json
 from to_finetune.machine import file_word, machine
 
 HERE = Path(__file__).parent
@@ -57,7 +57,7 @@ def main() -> None:
         with TemporaryDirectory() as folder:
             results = measure(Path(folder))
         about = {"machine": machine(), "processes": torch.cuda.device_count()}
-        write_whole(output, json.dumps({**about, "results": results}, indent=1) + "\n")
+        write_json(output, {**about, "results": results}, indent=1)
     for path in sorted(HERE.glob(output.name)):
         print(table(json.loads(path.read_text())["results"]))
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from to_finetune.files import write_whole
+from to_finetune.files import write_json
 from to_finetune.machine import machine
 from to_finetune.optim import DiagonalTO, FullTO, RankOneTO
 from to_finetune.paper.members import Problem, batch_order, train
@@ -50,9 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the table of the results that are there")
     if not parser.parse_args().table:
-        write_whole(
-            FILE, json.dumps({"machine": machine(), "members": members(), "full": full_forms()}, indent=1) + "\n"
-        )
+        write_json(FILE, {"machine": machine(), "members": members(), "full": full_forms()}, indent=1)
     print_table(json.loads(FILE.read_text()))
 
 

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from to_finetune import finetune
-from to_finetune.files import write_whole
+from to_finetune.files import write_json
 from to_finetune.machine import machine
 
 HERE = Path(__file__).parent
@@ -40,7 +40,7 @@ def main() -> None:
                     raise SystemExit(1)
                 results = json.loads((Path(output_dir) / "run.json").read_text())["results"]
             runs.append({"optim": optim, "learning_rate": rate, "eval_loss": round(results["eval_loss"], 5)})
-    write_whole(HERE / "quickstart_rates.json", json.dumps({"machine": machine(), "runs": runs}, indent=1) + "\n")
+    write_json(HERE / "quickstart_rates.json", {"machine": machine(), "runs": runs}, indent=1)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tiny_llama import build_tokenizer
 
-from to_finetune.files import write_whole
+from to_finetune.files import write_json
 from to_finetune.machine import file_word, machine
 
 HERE = Path(__file__).parent
@@ -60,7 +60,7 @@ def main() -> None:
         about = {"machine": machine(), "at_once": options.at_once}
         before = json.loads(output.read_text())["recipes"] if output.exists() else {}
         done = {recipe: about | run for recipe, run in runs.items() if "error" not in run or recipe not in before}
-        write_whole(output, json.dumps({"tokens": [ROWS, LENGTH], "recipes": before | done}, indent=1) + "\n")
+        write_json(output, {"tokens": [ROWS, LENGTH], "recipes": before | done}, indent=1)
     for path in sorted(HERE.glob(output.name)):
         print(table(json.loads(path.read_text())))
 

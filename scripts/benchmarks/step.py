@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from to_finetune.files import write_whole
+from to_finetune.files import write_json
 from to_finetune.machine import file_word, machine
 from to_finetune.optim import DiagonalTO, RankOneTO
 from to_finetune.optim.kernels import fused
@@ -128,7 +128,7 @@ def main() -> None:
     output = options.output or results / f"step-{file_word(name)}.json"
     if not options.table:
         torch.set_num_threads(options.threads)
-        write_whole(output, json.dumps(measure_all(options), indent=1) + "\n")
+        write_json(output, measure_all(options), indent=1)
     found = json.loads(output.read_text())
     print(summary(found), tables(found), sep="\n\n")
 

@@ -48,8 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
-    if arguments.batch_size is not None:
-        at_least_one(batch_size=arguments.batch_size)
+    at_least_one(batch_size=arguments.batch_size)
     if arguments.split is not None and arguments.dataset_name is None:
         raise UsageError(f"split={arguments.split!r} is of --dataset_name, which is not given.")
     with redirect_stdout(sys.stderr):  # what libraries have to say

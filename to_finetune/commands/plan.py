@@ -108,8 +108,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError("--price_per_hour needs --gpu: without its speed there is no time to pay for.")
     if arguments.price_per_hour is not None and not arguments.price_per_hour >= 0:
         raise UsageError(f"--price_per_hour {arguments.price_per_hour} is not valid: at least 0.")
-    if arguments.rows is not None:
-        at_least_one(rows=arguments.rows)
+    at_least_one(rows=arguments.rows)
 
 
 def show(answer: Answer, console: Console) -> None:

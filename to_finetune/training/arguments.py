@@ -232,8 +232,7 @@ class FinetuneArguments(TrainableOptimizerArguments, SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.max_length is not None:
-            at_least_one(max_length=self.max_length)
+        at_least_one(max_length=self.max_length)
         if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
             key = "num_train_epochs" if self.max_steps else "max_steps"
             raise UsageError(f"{key}={getattr(self, key)} is not valid: it trains nothing.")

@@ -40,8 +40,7 @@ def command_for(flags: Sequence[str], processes: int | None, config: str | None,
     """
     run = ["-m", "to_finetune.finetune", *flags]
     machines = 1 if config is None else _machines(config)
-    if processes is not None:
-        at_least_one(num_processes=processes)
+    at_least_one(num_processes=processes)
     if config is not None and not gpus:
         raise UsageError(f"--accelerate_config {config} spreads a run over GPUs, and this one is on the CPU.")
     if gpus and processes and processes > gpus and machines == 1:

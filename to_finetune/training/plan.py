@@ -70,8 +70,9 @@ def settings_of(
         raise CannotSay("max_length is not set, so that rows can have any length.")
     name, revision, trust = model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code
     optimizer, options = _optimizer(args)
-    skeleton = without_weights(name, revision, trust_remote_code=trust)
-    patterns = None if model_args.use_peft else model_args.patterns(skeleton)
+    patterns = None
+    if not model_args.use_peft:
+        patterns = model_args.patterns(without_weights(name, revision, trust_remote_code=trust))
     return Settings(
         Workload(
             load_blueprint(name, revision, trust),

@@ -33,8 +33,9 @@ def trained(folder: Path, flags: Sequence[str], on_line: Callable[[str], None]) 
         UsageError: when `finetune.py` refuses its flags.
         KeyboardInterrupt: when this process was told to stop, once the run has ended.
     """
-    if record_of(folder).get("status") == "done":
-        return record_of(folder)
+    record = record_of(folder)
+    if record.get("status") == "done":
+        return record
     words = [*flags, "--output_dir", str(folder)]
     if last_checkpoint(folder):
         words += ["--resume_from_checkpoint", "true"]
