@@ -25,7 +25,7 @@ def parse_size(text: str) -> int:
 
 def format_size(count: float) -> str:
     """Bytes in decimal units, to a hundredth: 24.00 GB."""
-    return decimal(round(count), precision=2)
+    return decimal(round(float(f"{count:.5g}")), precision=2)  # rounded first, or 999.999 MB are 1,000.00 MB
 
 
 def duration(seconds: float) -> str:
