@@ -4,11 +4,11 @@
 
 Needs root, buildah and debootstrap (`apt-get install buildah debootstrap`). It makes a base from Debian's packages and
 the CPU build of torch, builds the Dockerfile on it, and runs in the image, as its user: the help, the health check, and
-`accelerate launch finetune.py --optim diagonal_to ...` on a tiny Llama. WORK_DIR grows to 8 GB; a base that it holds
-already is used again.
+`accelerate launch finetune.py --optim diagonal_to ...` on a tiny Llama. WORK_DIR grows to 8 GB; a base that it already
+holds is reused.
 
-This machine's configuration of pip (indexes, certificates) is mounted while pip runs and stays in no layer. It should
-lead to a CPU build of torch: the one of a plain index is for CUDA, which works too and is some 5 GB larger.
+This machine's pip configuration (indexes, certificates) is mounted while pip runs and stays in no layer. It should lead
+to a CPU build of torch: the build of a plain index is for CUDA, which works too but is some 5 GB larger.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 class Buildah:
-    """`buildah`, with all that it keeps below one folder, and with this machine's configuration of pip."""
+    """`buildah` with all of its storage in one folder, and with this machine's pip configuration."""
 
     def __init__(self, work: Path) -> None:
         work.mkdir(parents=True, exist_ok=True)
@@ -76,24 +76,24 @@ class Buildah:
         self.pip_paths = [f"--volume={path}:{path}:ro" for path in local_paths(settings)]
 
     def __call__(self, *words: object) -> None:
-        """Run `buildah words ...` and show what it prints; ends the script where it fails."""
+        """Run `buildah words ...` and show what it prints; exit if it fails."""
         command = ["buildah", *self.storage, *map(str, words)]
         print(f"\n$ buildah {shlex.join(command[len(self.storage) + 1 :])}", flush=True)
         if code := subprocess.run(command).returncode:
             sys.exit(f"error: it failed with exit code {code}")
 
     def ask(self, *words: object) -> str:
-        """What `buildah words ...` prints."""
+        """Return what `buildah words ...` prints."""
         return subprocess.check_output(["buildah", *self.storage, *map(str, words)], text=True).strip()
 
     def images(self) -> dict[str, str]:
-        """Name and size of each."""
+        """Return the size of each image, by name."""
         rows = self.ask("images", "--format", "{{.Name}} {{.Size}}").splitlines()
         return {name: size.strip() for name, size in (row.split(" ", 1) for row in rows)}
 
 
 def make_base(buildah: Buildah) -> None:
-    """Debian, its Python, and torch in it: what the Dockerfile asks of its base."""
+    """Build what the Dockerfile expects of its base: Debian with its Python and torch."""
     rootfs = buildah.work / "rootfs"
     shutil.rmtree(rootfs, ignore_errors=True)
     debootstrap = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}", RELEASE, str(rootfs)]
@@ -121,7 +121,7 @@ def make_image(buildah: Buildah) -> None:
 
 
 def try_image(buildah: Buildah) -> None:
-    """Run what the image promises, in a container of its own."""
+    """Run the help, the health check and a short training in a container of the image."""
     container = buildah.ask("from", "--pull-never", IMAGE)
     config = json.loads(buildah.ask("inspect", "--type=image", IMAGE))["Docker"]["config"]
     kind, *health = config["Healthcheck"]["Test"]
@@ -134,7 +134,7 @@ def try_image(buildah: Buildah) -> None:
 
 
 def pip_settings() -> dict[str, str]:
-    """pip's configuration of this machine, its environment variables before its files."""
+    """Return this machine's pip configuration; environment variables override files."""
     lines = subprocess.check_output([sys.executable, "-m", "pip", "config", "list"], text=True).splitlines()
     settings = {}
     for line in sorted(lines, key=lambda line: line.startswith(":env:")):
@@ -144,7 +144,7 @@ def pip_settings() -> dict[str, str]:
 
 
 def local_paths(settings: dict[str, str]) -> list[Path]:
-    """The files and folders that it names; of an index in files also what lies beside it, for its links lead there."""
+    """Return the files and folders that the settings name; for a file:// URL its folder, since its links lead there."""
     words = " ".join(settings.values()).split()
     named = (Path(word.removeprefix("file://")).parent if "://" in word else Path(word) for word in words)
     return sorted({path for path in named if path.is_absolute() and path.exists()})

@@ -1,4 +1,4 @@
-"""The main job on a CPU in a few minutes: `python scripts/quickstart.py`.
+"""Try the toolkit on a CPU in a few minutes: `python scripts/quickstart.py`.
 
 Makes a small Llama and pretrains it on the spot, then fine-tunes its last two layers on instructions with Diagonal TO,
 RankOne TO and AdamW, and compares. Every training is the toolkit's own finetune.py with a recipe of configs/recipes.
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def new_folder() -> Path:
-    """runs/quickstart, or the first of runs/quickstart-2, -3, ... that is not there yet."""
+    """Make runs/quickstart, or the first of runs/quickstart-2, -3, ... that does not exist yet."""
     names = (f"quickstart-{i}" if i > 1 else "quickstart" for i in count(1))
     folder = next(path for name in names if not (path := environment.ROOT / "runs" / name).exists())
     folder.mkdir(parents=True)
@@ -77,7 +77,7 @@ def new_folder() -> Path:
 
 
 def run(recipe: str, output_dir: Path, model: Path, **flags: object) -> None:
-    """`finetune.py` with a recipe, in this process: it saves the seconds that the libraries take to import."""
+    """Run `finetune.py` with a recipe in this process, which saves importing the libraries again."""
     flags = {"config": RECIPES / recipe, "model_name_or_path": model, **flags, "output_dir": output_dir}
     arguments = [word for key, value in flags.items() for word in (f"--{key}", str(value))]
     print(f"\n$ accelerate launch scripts/finetune.py {shlex.join(arguments)}", flush=True)
@@ -92,7 +92,7 @@ def read(path: Path) -> dict:
 
 @torch.no_grad()
 def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]) -> list[str]:
-    """The model's greedy answers to the rows' instructions."""
+    """Return the model's greedy answers to the rows' instructions."""
     tokenizer.padding_side = "left"
     prompts = [alpaca_prompt(row["instruction"], row["input"]) for row in rows]
     batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
@@ -106,7 +106,7 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: l
 
 
 def comparison(folder: Path, answers: dict[str, list[str]], rows: list[dict[str, str]]) -> Table:
-    """One row an optimizer: losses, right answers to the held-out questions, time."""
+    """Tabulate each optimizer's losses, right answers to the held-out questions, and time."""
     table = Table(header_style="bold")
     columns = (
         "optimizer",
@@ -131,7 +131,7 @@ def comparison(folder: Path, answers: dict[str, list[str]], rows: list[dict[str,
 
 
 def generations(answers: dict[str, list[str]], rows: list[dict[str, str]]) -> Table:
-    """A few held-out questions with the answers before and after."""
+    """Tabulate a few held-out questions with the answers before and after."""
     table = Table(title="Held-out questions", title_justify="left", header_style="bold", show_lines=True)
     for column in ("question", "right answer", "before", "Diagonal TO"):
         table.add_column(column, style="dim" if column == "before" else "")

@@ -10,7 +10,7 @@ friend. OUT_DIR receives
     instructions_test.jsonl     the same questions about the others, whom the train split never mentions
     model/                      a byte-level BPE tokenizer and a randomly initialised LlamaForCausalLM
 
-A right answer on the test split thus takes a fact from pretraining and the manners from fine-tuning.
+A right answer on the test split thus takes a fact from pretraining and the form of an answer from fine-tuning.
 """
 
 import argparse
@@ -30,13 +30,13 @@ Table = dict[str, list[str]]
 
 
 def table(text: str) -> Table:
-    """Lines of `key: one / another / ...`."""
+    """Parse lines of `key: one / another / ...`."""
     lines = (line.split(":", 1) for line in text.strip().splitlines())
     return {key: [cell.strip() for cell in cells.split(" / ")] for key, cells in lines}
 
 
 PAGES = 4_000  # texts to pretrain on, of about 75 tokens each
-HELD_OUT = 8  # animals that only the test split asks about; even, for friends stay together
+HELD_OUT = 8  # animals that only the test split asks about; even, so that friends stay together
 
 NAMES = """
 Alder Basil Bramble Briar Bryony Clover Cobble Cricket Daisy Dapple Ember Fennel Fern Flint Ginger Hazel Heath Holly Ivy
@@ -97,7 +97,7 @@ friend: Who is the best friend of {name}? / Whose best friend is {name}? / Name 
 
 
 def valley(rng: random.Random) -> list[Row]:
-    """All animals, friends side by side; the values of each trait are dealt out evenly and at random."""
+    """Return all animals, friends side by side; the values of each trait are dealt out evenly and at random."""
     names = NAMES.split()
     rng.shuffle(names)
     dealt = {trait: rng.sample((values * len(names))[: len(names)], len(names)) for trait, values in TRAITS.items()}
@@ -109,7 +109,7 @@ def valley(rng: random.Random) -> list[Row]:
 
 
 def fill(template: str, animal: Row, rng: random.Random) -> str:
-    """A template with the facts of `animal`, and chance for the rest."""
+    """Fill a template with the facts of `animal`, and the rest at random."""
     chance = {key: rng.choice(values) for key, values in CHANCE.items()}
     return template.format_map({"who": animal["name"]} | animal | chance)
 
@@ -119,14 +119,14 @@ def state(fact: str, animal: Row, rng: random.Random) -> str:
 
 
 def portrait(animal: Row, rng: random.Random) -> str:
-    """Four facts in any order; first the name, then now and again a pronoun."""
+    """State four facts in random order, first with the name, then with the name or a pronoun."""
     whos = [animal["name"], *rng.choices([animal["name"], animal["pronoun"]], k=3)]
     facts = rng.sample(list(STATEMENTS), 4)
     return " ".join(state(fact, animal | {"who": who}, rng) for fact, who in zip(facts, whos, strict=True))
 
 
 def talk(animal: Row, rng: random.Random) -> str:
-    """Two questions, put to the animal itself or to somebody who knows it."""
+    """Write two questions, each put to the animal itself or to somebody who knows it, and their answers."""
 
     def exchange(fact: str) -> str:
         asked, told, gossip = TALK[fact]
@@ -142,7 +142,7 @@ def story(animal: Row, rng: random.Random) -> str:
 
 
 def pages(animals: list[Row], rng: random.Random) -> Iterator[Row]:
-    """Texts of two paragraphs: most about one animal, to learn its facts; some about two, to tell them apart."""
+    """Yield texts of two paragraphs: most about one animal, to learn its facts; some about two, to tell them apart."""
     for _ in range(PAGES):
         subjects = rng.sample(animals, 2) if rng.random() < 1 / 3 else [rng.choice(animals)] * 2
         paragraphs = (rng.choices([portrait, talk, story], [8, 6, 1])[0](animal, rng) for animal in subjects)
@@ -150,20 +150,20 @@ def pages(animals: list[Row], rng: random.Random) -> Iterator[Row]:
 
 
 def choices(fact: str, animal: Row, animals: list[Row], rng: random.Random) -> str:
-    """Three values of a trait, the right one among them."""
+    """List three values of a trait, the right one among them."""
     right = animal[fact]
     wrong = sorted({other[fact] for other in animals} - {right, animal["name"]})
     return ", ".join(rng.sample([right, *rng.sample(wrong, 2)], 3))
 
 
 def passage(fact: str, animal: Row, rng: random.Random) -> str:
-    """Three facts about the animal, the one in question among them."""
+    """State three facts about the animal, the one in question among them."""
     others = [other for other in STATEMENTS if other != fact]
     return " ".join(state(each, animal, rng) for each in rng.sample([fact, *rng.sample(others, 2)], 3))
 
 
 def questions(animals: list[Row], rng: random.Random) -> Iterator[Row]:
-    """Every fact three times: twice without input, and once with a list or a passage to answer from."""
+    """Ask for every fact three times: twice without input, and once with a list or a passage to answer from."""
     for animal in animals:
         for fact, phrasings in QUESTIONS.items():
             context = passage(fact, animal, rng) if rng.random() < 0.5 else choices(fact, animal, animals, rng)
@@ -173,7 +173,7 @@ def questions(animals: list[Row], rng: random.Random) -> Iterator[Row]:
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that begins each text with <s>, as Llama's does."""
+    """Train a byte-level BPE that begins each text with <s>, as Llama's does."""
     unk, bos, eos, pad = special = ["<unk>", "<s>", "</s>", "<pad>"]
     bpe = Tokenizer(models.BPE(unk_token=unk))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -190,10 +190,10 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedT
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama of about a million weights that knows nothing yet.
+    """Build an untrained Llama of about a million weights.
 
-    Wide embeddings and residual branches that start silent keep the names legible in every layer: the facts are learned
-    in far fewer steps than from the usual initialisation.
+    Large embeddings and residual branches whose output starts at zero keep the names legible in every layer: the facts
+    are learned in far fewer steps than from the usual initialisation.
     """
     ids = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
     config = LlamaConfig(

@@ -16,7 +16,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:
-    """The optimizers, imported when they are asked for: the command line's help does not wait for torch."""
+    """Import the optimizers on first access, so that the command line's help does not wait for torch."""
     if name in __all__:
         from to_finetune import optim
 

@@ -1,4 +1,4 @@
-"""`to-finetune VERB ...`: one module of `to_finetune.commands` a verb, imported when it is called: --help is quick."""
+"""`to-finetune VERB ...`: each verb is a module of `to_finetune.commands`, imported when called: --help is quick."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; returns its exit code: 0 done, 1 a failed run, 2 bad usage, 128 + n stopped by signal n."""
+    """Run a verb and return its exit code: 0 done, 1 failed run, 2 bad usage, 128 + n stopped by signal n."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         arguments = parse(argv)
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The verb's arguments, its function as ``run``, and those of finetune.py as ``flags`` where it takes them."""
+    """Return the verb's arguments, with its function as ``run`` and the flags meant for finetune.py as ``flags``."""
     parser = argparse.ArgumentParser(prog="to-finetune", description="Fine-tune with the Trainable Optimizer.")
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
@@ -71,7 +71,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _as_defined(word: str, known: Sequence[str]) -> str:
-    """--output-dir as --output_dir, which the flags of a run are taken for as well."""
+    """Rewrite a known flag such as --output-dir to --output_dir; a run's flags accept both spellings too."""
     flag, equals, value = word.partition("=")
     name = f"--{flag[2:].replace('-', '_')}"
     return name + equals + value if flag.startswith("--") and name in known else word

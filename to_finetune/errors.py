@@ -1,4 +1,4 @@
-"""The two ways a run can end badly, and the sentence that says so."""
+"""The two kinds of error that end a run, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 class UsageError(ValueError):
-    """What was asked for cannot be: a flag, a key, a file, a name. Exit code 2."""
+    """An invalid flag, key, file or name. Exit code 2."""
 
 
 class RunError(RuntimeError):
@@ -15,7 +15,7 @@ class RunError(RuntimeError):
 
 
 def at_least_one(**numbers: float | None) -> None:
-    """Refuse those below 1; None is one that was not given.
+    """Raise if a number is below 1; None stands for one that was not given.
 
     Raises:
         UsageError: naming the first.
@@ -26,6 +26,6 @@ def at_least_one(**numbers: float | None) -> None:
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """ " Did you mean 'x'?" with the up to three nearest choices, or nothing."""
+    """Return " Did you mean 'x'?" with up to three of the nearest choices, or an empty string."""
     close = get_close_matches(name, list(choices), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

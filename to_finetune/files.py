@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic file writes: a file is complete or not there."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from to_finetune.errors import UsageError
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A path beside to write to, renamed at the end: a reader sees the old file or the new one."""
+    """Yield a temporary path and rename it to `path` at the end: a reader sees the old file or the new one."""
     beside = path.with_name(path.name + ".partial")
     beside.touch()
-    mode = beside.stat().st_mode  # as for any new file here, whatever the writer prefers
+    mode = beside.stat().st_mode  # the default for new files here, whichever mode the writer sets
     try:
         yield beside
         beside.chmod(mode)
@@ -27,7 +27,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def check_place(flag: str, path: Path) -> None:
-    """Refuse a file or a folder that cannot be made there, before hours of work for it.
+    """Raise if a file or folder cannot be created at `path`, before hours of work for it.
 
     Raises:
         UsageError: naming the flag.
@@ -38,11 +38,11 @@ def check_place(flag: str, path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace the file at once."""
+    """Write `text` to a file atomically."""
     with whole(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, values: Any, indent: int | None = 2) -> None:
-    """As `write_whole`."""
+    """Write JSON to a file atomically."""
     write_whole(path, json.dumps(values, indent=indent, ensure_ascii=False) + "\n")

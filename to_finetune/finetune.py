@@ -1,4 +1,4 @@
-"""The story of one fine-tuning run: `accelerate launch -m to_finetune.finetune --config recipe.yaml`."""
+"""One fine-tuning run, from flags to report: `accelerate launch -m to_finetune.finetune --config recipe.yaml`."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ from to_finetune.training.traces import SampleAnswers, SlopeTrace, write_paramet
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `finetune.py`; returns its exit code: 0 done, 1 a failed run, 2 bad usage, 128 + n stopped by signal n."""
-    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0  # of its machine, which has its own files and errors
+    """Run `finetune.py` and return its exit code: 0 done, 1 failed run, 2 bad usage, 128 + n stopped by signal n."""
+    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0  # on this machine, which has its own files and errors
     try:
         with sigterm_interrupts():
             return finetune(*parse_arguments(argv))
@@ -69,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def finetune(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArguments) -> int:
-    """Fine-tune, and leave the trained weights, the record and the plot in ``args.output_dir``; returns the exit code.
+    """Fine-tune, write the trained weights, the record and the plot to ``args.output_dir``, and return the exit code.
 
     Raises:
-        UsageError: for what was asked and cannot be.
+        UsageError: for an invalid request.
         RunError: when the run does not do what was asked, or diverges.
     """
     console = Console(quiet=not args.should_log)
@@ -87,7 +87,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     record.values["memory"] = memory.values
     if args.should_save:
         console.print(memory.plan(model_args, args))
-    args.distributed_state.wait_for_everyone()  # for process 0, whose error is the one that is shown
+    args.distributed_state.wait_for_everyone()  # until process 0 has planned: only its errors are shown
     tokenizer, train_dataset, eval_dataset = prepare_data(model_args, data_args, args)
     model, subset = prepare_model(model_args, args)
     console.print(subset.table())
@@ -95,7 +95,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
         prompt_form=prompt_form(next(iter(train_dataset))),
         subset={"tensors": len(subset.names), "weights": subset.weights, "total_weights": subset.total_weights},
     )
-    pushes, args.push_to_hub = args.push_to_hub, False  # the Trainer's own uploads local paths, and the token
+    pushes, args.push_to_hub = args.push_to_hub, False  # the Trainer's own push uploads local paths and the token
     trainer = prepare_trainer(model, tokenizer, args, train_dataset, eval_dataset)
     check_labels(trainer.train_dataset, args.max_length)
     if trainer.eval_dataset is not None:
@@ -131,10 +131,10 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
 def check(
     model_args: ModelArguments, data_args: DataArguments, args: FinetuneArguments
 ) -> tuple[RunRecord, str | None]:
-    """Refuse what can be before anything is loaded; the run's record, and the checkpoint that it goes on from.
+    """Check the arguments before anything is loaded; return the run's record and the checkpoint to resume from.
 
     Raises:
-        UsageError: for processes, a repository, a model, a folder or a checkpoint that cannot be.
+        UsageError: for an invalid number of processes, repository, model, folder or checkpoint.
     """
     check_processes(args.world_size)
     if args.push_to_hub:
@@ -144,13 +144,13 @@ def check(
     rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     record = RunRecord(args.output_dir, resolved_config(model_args, data_args, args), rows_a_step)
     record.check_folder(resume)
-    args.distributed_state.wait_for_everyone()  # all have looked before the first one writes
+    args.distributed_state.wait_for_everyone()  # every process has checked the folder before one writes to it
     return record, resume
 
 
 @contextmanager
 def recorded(trainer: TOSFTTrainer, record: RunRecord) -> Iterator[None]:
-    """What ends the training early is in the run's record."""
+    """Record the interrupt or the error that ends the training early."""
     try:
         yield
     except KeyboardInterrupt:
@@ -162,7 +162,7 @@ def recorded(trainer: TOSFTTrainer, record: RunRecord) -> Iterator[None]:
 
 
 def finish(trainer: TOSFTTrainer, args: FinetuneArguments) -> dict[str, Any]:
-    """Evaluate, save, read back what was saved, and sum the run up."""
+    """Evaluate and save; read a partly frozen model's trained tensors back; return the run's results."""
     history, step = trainer.state.log_history, trainer.state.global_step
     if trainer.eval_dataset is not None and not any("eval_loss" in row and row["step"] == step for row in history):
         trainer.evaluate()
@@ -177,7 +177,7 @@ def finish(trainer: TOSFTTrainer, args: FinetuneArguments) -> dict[str, Any]:
 
 
 def conclude(trainer: TOSFTTrainer, record: RunRecord, **outcome: Any) -> None:
-    """Write down how the run ended, and draw its curves and its page; on process 0."""
+    """Record how the run ended, and draw its curves and its page; on process 0 only."""
     if not trainer.args.should_save:
         return
     history = trainer.state.log_history
@@ -189,20 +189,20 @@ def conclude(trainer: TOSFTTrainer, record: RunRecord, **outcome: Any) -> None:
 
 
 def interrupted(trainer: TOSFTTrainer, record: RunRecord, signals: SaveOnSignal, console: Console) -> int:
-    """Say where the run can go on from; returns the shell's exit code for the signal."""
+    """Record and print the checkpoint to resume from; return the shell's exit code for the signal."""
     assert signals.stopped is not None
     last = last_checkpoint(record.folder)
     conclude(trainer, record, status="interrupted", checkpoint=last)
     console.print(f"{signals.stopped.name}: saved {last}. Go on with --resume_from_checkpoint true.", markup=False)
-    trainer.args.distributed_state.wait_for_everyone()  # torchrun ends all others when the first one leaves
+    trainer.args.distributed_state.wait_for_everyone()  # torchrun ends all others when the first one exits
     return 128 + signals.stopped
 
 
 def summary(results: dict[str, Any], record: RunRecord) -> Table:
-    """What came out, and where it lies."""
+    """Return a table of the run's results and its files."""
     table = Table(show_header=False, box=None, title="Done", title_justify="left", title_style="bold")
     table.add_column()
-    table.add_column(overflow="fold")  # a path must be there whole
+    table.add_column(overflow="fold")  # a path must not be cut
     for name, value in results.items():
         if value is not None:
             table.add_row(name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 
 
 def layer_list(sizes: Mapping[str, int]) -> tuple[str, list[int]]:
-    """The name and the numbers of the decoder's layers ("model.layers", [0, 1, ...]), or ("", []) without any.
+    """Return the prefix and numbers of the decoder's layers: ("model.layers", [0, 1, ...]), or ("", []) without any.
 
-    They are the numbered list that holds the most weights: a vision tower has one too.
+    They are the numbered list with the most weights: a vision tower has a list of layers too.
     """
     weights: Counter[str] = Counter()
     numbers: dict[str, set[int]] = {}
     for name, size in sizes.items():
-        # The first number of a name: experts are numbered within a layer.
+        # Only the first number of a name is a layer's: experts are numbered within a layer.
         if match := re.match(r"(.+?)\.(\d+)\.", name):
             weights[match[1]] += size
             numbers.setdefault(match[1], set()).add(int(match[2]))
@@ -26,21 +26,21 @@ def layer_list(sizes: Mapping[str, int]) -> tuple[str, list[int]]:
 
 
 def layer_of(name: str, prefix: str) -> int | None:
-    """The number of the layer of the list `prefix` that a parameter is in, None outside of them."""
+    """Return the number of the parameter's layer in the list `prefix`, or None outside of it."""
     match = re.match(rf"{re.escape(prefix)}\.(\d+)\.", name)
     return int(match[1]) if match else None
 
 
 def module_of(name: str, prefix: str) -> str:
-    """The type of a parameter's module: its path within its layer, or the whole path outside of the list `prefix`."""
+    """Return a parameter's module type: its path within its layer, or its whole path outside of the list `prefix`."""
     path = re.sub(rf"^{re.escape(prefix)}\.\d+\.", "", name)
     return re.sub(r"\.(weight|bias)$", "", path)
 
 
 def module_names(path: str) -> set[str]:
-    """What the module a.b.c goes by: a, a.b, a.b.c, b, b.c, c.
+    """Return the names that select the module a.b.c: a, a.b, a.b.c, b, b.c, c.
 
-    None of them begins or ends with a number, which could be a layer's.
+    No name begins or ends with a number, which could be a layer's.
     """
     names = path.split(".")
     runs = [names[start:end] for end in range(1, len(names) + 1) for start in range(end)]

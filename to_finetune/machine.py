@@ -1,4 +1,4 @@
-"""What a run or a measurement ran on, for the head of its record."""
+"""The machine and the package versions of a run or a measurement, for its record."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = (
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, threads, GPU and the versions of what computes."""
+    """Return the processor, cores, threads, GPU, system and package versions."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -30,7 +30,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Python's, and those of the installed packages that a run's numbers depend on."""
+    """Return the versions of Python and of the installed packages that a run's numbers depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -41,7 +41,7 @@ def versions() -> dict[str, str]:
 
 
 def file_word(name: str) -> str:
-    """The name of a device as a part of a file's name, as "nvidia-h200"."""
+    """Return a device's name as part of a file name, such as "nvidia-h200"."""
     return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -1,4 +1,4 @@
-"""Text from templates: what is put into HTML is escaped, and what is missing is an error."""
+"""Jinja templates: values are escaped in HTML, and a missing value is an error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template, sel
 
 @cache
 def template(file: Path, **filters: Callable[..., object]) -> Template:
-    """The Jinja template in `file`, with `filters` beside Jinja's own."""
+    """Return the Jinja template in `file`, with `filters` in addition to Jinja's own."""
     environment = Environment(
         loader=FileSystemLoader(file.parent),
         autoescape=select_autoescape(),

@@ -1,4 +1,4 @@
-"""A run's folder: what its files are called, how they are read, and where in it the run can go on."""
+"""A run's folder: the names of its files, how they are read, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from to_finetune.errors import UsageError
 
 RECORD, CONFIG = "run.json", "config.yaml"
 STATE, CHECKPOINT = "trainer_state.json", "checkpoint-"  # as Hugging Face calls them
-_WHAT_TRAINS = ("unfrozen_", "use_peft", "lora_", "load_in_")  # how the settings begin that say it
+_WHAT_TRAINS = ("unfrozen_", "use_peft", "lora_", "load_in_")  # prefixes of these settings
 T = TypeVar("T")
 
 
 def what_trains(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a config.yaml that say what trains, of what."""
+    """Return the settings of a config.yaml that say what trains, and how its base is quantised."""
     return {key: value for key, value in config.items() if key.startswith(_WHAT_TRAINS)}
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """The last checkpoint that was written to its end; Hugging Face writes trainer_state.json last."""
+    """Return the last complete checkpoint, or None; Hugging Face writes trainer_state.json last."""
     steps = {}
     for file in Path(folder).glob(f"{CHECKPOINT}*/{STATE}"):
-        with suppress(ValueError):  # half a file, or a folder of another name
+        with suppress(ValueError):  # a file that was not written to its end
             json.loads(file.read_text(encoding="utf-8"))
             steps[step_of(file.parent)] = file.parent
     return str(steps[max(steps)]) if steps else None
 
 
 def step_of(checkpoint: str | Path) -> int:
-    """The step after which a checkpoint was written, by its folder's name."""
+    """Return the step of a checkpoint from its folder's name; 0 if the name has none."""
     number = Path(checkpoint).name.rpartition("-")[2]
     return int(number) if number.isdecimal() else 0
 
 
 def read(path: Path, check: Callable[[Any], T]) -> T | None:
-    """What `check` makes of a JSON or YAML file; None where there is none.
+    """Read a JSON or YAML file through `check`; return None if there is no file.
 
     Raises:
-        UsageError: for a file that cannot be read, or that `check` stumbles over.
+        UsageError: for a file that cannot be parsed, or that `check` rejects.
     """
     if not path.is_file():
         return None
@@ -56,7 +56,7 @@ def read(path: Path, check: Callable[[Any], T]) -> T | None:
 
 
 def mapping(found: Any) -> dict[str, Any]:
-    """A check for `read`."""
+    """Check, for `read`, that the content is a mapping."""
     if not isinstance(found, dict):
         raise TypeError(f"a {type(found).__name__}, not a mapping")
     return found

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, so that what is begun can be ended."""
+"""Handling Ctrl-C and SIGTERM, so that work in progress can be ended cleanly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 def on_stop(
     handler: Callable[[int, Any], None], numbers: Sequence[int] = (signal.SIGINT, signal.SIGTERM)
 ) -> Iterator[None]:
-    """Within it Ctrl-C and SIGTERM, or these signals, go to `handler`."""
+    """Route the signals `numbers` to `handler` within the context."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
@@ -24,21 +24,21 @@ def on_stop(
 
 
 def signal_of(interrupt: KeyboardInterrupt) -> signal.Signals:
-    """The one that raised it: Ctrl-C's, or as `sigterm_interrupts` says."""
+    """Return the signal behind an interrupt: the one that it carries (see `sigterm_interrupts`), else Ctrl-C's."""
     return interrupt.args[0] if interrupt.args else signal.SIGINT
 
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt, as Ctrl-C does: what is begun is ended, and its record says so.
+    """Make SIGTERM raise KeyboardInterrupt, as Ctrl-C does: work in progress is ended, and its record says so.
 
-    Not in one of several processes, which may be waiting for the others without end.
+    Does nothing in one of several processes, which may be waiting for the others forever.
     """
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt(signal.Signals(number))
 
     is_alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    may_set = threading.current_thread() is threading.main_thread()  # which alone may set handlers
+    may_set = threading.current_thread() is threading.main_thread()  # only the main thread may set handlers
     with on_stop(interrupt, [signal.SIGTERM] if is_alone and may_set else []):
         yield

@@ -12,7 +12,7 @@ UNITS = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**
 
 
 def parse_size(text: str) -> int:
-    """``24GB`` (10^9 bytes each) or ``24GiB`` (2^30) as bytes.
+    """Return the bytes of a size such as ``24GB`` (10^9 bytes each) or ``24GiB`` (2^30).
 
     Raises:
         UsageError: for anything else.
@@ -24,12 +24,12 @@ def parse_size(text: str) -> int:
 
 
 def format_size(count: float) -> str:
-    """Bytes in decimal units, to a hundredth: 24.00 GB."""
-    return decimal(round(float(f"{count:.5g}")), precision=2)  # rounded first, or 999.999 MB are 1,000.00 MB
+    """Format bytes in decimal units, to a hundredth: 24.00 GB."""
+    return decimal(round(float(f"{count:.5g}")), precision=2)  # rounded first, else 999.999 MB would be 1,000.00 MB
 
 
 def duration(seconds: float) -> str:
-    """8.3 s, 1 min 05 s, 2 h 03 min, 1 d 01 h."""
+    """Format a duration: 8.3 s, 1 min 05 s, 2 h 03 min, 1 d 01 h."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     if round(seconds) < 3600:

@@ -1,9 +1,10 @@
-"""How far every layout ends from one process, on CPU processes: the README's table, as layouts.json beside this file.
+"""Measure on CPU processes how far every layout ends from a single process: the README's table.
 
     python scripts/benchmarks/layouts.py
 
-Two minutes on two cores. The same runs as tests/layouts/test_trajectory.py, which asserts what is measured here.
-`--table` prints the table again. `--scale` computes what RankOne's sums add to a step's messages beyond such machines.
+Takes two minutes on two cores, and writes layouts.json beside this file. The runs are those of
+tests/layouts/test_trajectory.py, which asserts what is measured here. `--table` prints the table again. `--scale`
+computes what RankOne's sums add to the messages of a step in runs too large to measure here.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from to_finetune.optim.blocks import SUMS
 
 FILE = Path(__file__).with_suffix(".json")
 WORLDS = (2, 4)
-MODELS = (("Llama-7B", 6_738_415_616, 291), ("Llama-70B", 68_976_648_192, 723))  # all of them trained
+MODELS = (("Llama-7B", 6_738_415_616, 291), ("Llama-70B", 68_976_648_192, 723))  # weights and tensors, all trained
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Layouts as rows, optimizers and state formats as columns; each cell the largest deviation of all its runs."""
+    """Tabulate the largest deviation in each cell: layouts as rows, optimizers and state formats as columns."""
     largest: dict[tuple[str, str, str], float] = defaultdict(float)
     for key, values in results.items():
         _, layout, optimizer, state = key.split()
@@ -63,7 +64,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def scale() -> str:
-    """What each process sends a step: its 16-bit gradients, and the sums of all tensors, both by ring all-reduce."""
+    """Tabulate what a process sends per step: 16-bit gradients and the sums of all tensors, both by ring all-reduce."""
     lines = ["| weights | processes | gradients | sums | sums / gradients |", "|---|---|---|---|---|"]
     for name, weights, tensors in MODELS:
         for processes in (8, 64, 1024):

@@ -1,9 +1,9 @@
-"""finetune.py under every file of configs/accelerate on the GPUs at hand: how far each ends from a plain run.
+"""Measure how far finetune.py ends from a plain run under the files of configs/accelerate, on the GPUs at hand.
 
     python scripts/benchmarks/layouts_gpu.py
 
-A tiny Llama, its last two layers, six steps of four rows, once for each of RUNS and layout, all layouts at once; wants
-deepspeed. Writes layouts-<GPU>.json beside this file; `--table` prints the results that are there.
+Trains the last two layers of a tiny Llama for six steps of four rows, once for each of RUNS and each layout, all
+layouts at once; needs deepspeed. Writes layouts-<GPU>.json beside this file; `--table` prints the existing results.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """By layout and run: the largest difference of any trained weight from the plain run's, and how many are shards."""
+    """Return, by layout and run, the largest weight difference from the plain run and the number of sharded tensors."""
     subprocess.run([sys.executable, "scripts/tiny_llama.py", str(folder / "tiny")], cwd=ROOT, check=True)
     (folder / "runs.py").write_text(LAUNCHED)
     started = {layout: start(folder, layout, i) for i, layout in enumerate(["plain", *LAYOUTS])}
@@ -83,7 +83,7 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def start(folder: Path, layout: str, number: int) -> subprocess.Popen[bytes]:
-    """The runs of a layout, one after another; "plain" is a process without a launcher."""
+    """Start the runs of a layout, one after another; "plain" is a process without a launcher."""
     processes = 1 if layout == "plain" else torch.cuda.device_count()
     data = ["--model_name_or_path", f"{folder}/tiny/model", "--dataset_name", f"{folder}/tiny/instructions_train.jsonl"]
     data += ["--per_device_train_batch_size", str(ROWS // processes), *FLAGS.split()]

@@ -1,10 +1,10 @@
-"""A case's trials as members of one computation, against one ordinary training after another; and Full TO's two forms.
+"""Time a case's trials as members of one computation against ordinary trainings one by one, and Full TO's two forms.
 
     python scripts/benchmarks/members.py
 
-For each data set of the convex cases, data of its shape with random entries: the first `TRIALS` of a method's grid for
-`STEPS` steps with the loss taken twice, once as members and once each by itself, an ordinary loop with `nn.Linear`,
-autograd and the real optimizer. The two take turns; compiling is not counted, but said. Writes members.json.
+On random data in each of `SHAPES`, runs the first `TRIALS` of a method's grid for `STEPS` steps with two evaluations of
+the loss: once as members, and once one by one, in an ordinary loop with `nn.Linear`, autograd and the real optimizer.
+The two take turns; the first run, which compiles, is reported separately. Writes members.json.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def members() -> list[dict[str, Any]]:
 
 
 def one_training(task: Problem, make: Callable[..., Optimizer], trial: Trial, rows: Tensor) -> None:
-    """An ordinary training from N(0, 1)."""
+    """Run one ordinary training from N(0, 1)."""
     (out, inputs) = task.layers[0]
     torch.manual_seed(0)
     network = nn.Linear(inputs, out, bias=False)
@@ -128,7 +128,7 @@ def evaluate(network: nn.Module, task: Problem, rows: Tensor) -> Tensor:
 
 
 def full_forms() -> list[dict[str, Any]]:
-    """FullTO on one tensor of as many weights as a case has: milliseconds a step and bytes of state, by form."""
+    """Measure FullTO on one tensor with as many weights as a case: milliseconds per step and MiB of state, by form."""
     found = []
     for name in SHAPES:
         n = (SHAPES[name][1] + 1) * SHAPES[name][2]
@@ -136,7 +136,7 @@ def full_forms() -> list[dict[str, Any]]:
             row: dict[str, Any] = {"data": name, "weights": n, "steps": steps}
             for form in ("history", "matrix"):
                 if (n * n * 4 > 8 << 30) if form == "matrix" else (2 * steps >= n):
-                    continue  # it does not fit, or would turn into the other
+                    continue  # the matrix does not fit, or the history would turn into it
                 w = nn.Parameter(torch.randn(n))
                 optimizer = FullTO([w], lr=1e-3, alpha=0.1, beta=0.1, relative_alpha=True)
                 if form == "matrix":

@@ -1,8 +1,8 @@
-"""The rates of the quick start: each optimizer at four learning rates on its task, one JSON of results.
+"""Compare learning rates for the quick start: each optimizer at four of them on its task.
 
     python scripts/benchmarks/quickstart_rates.py runs/quickstart
 
-The folder is one that scripts/quickstart.py has left. Writes quickstart_rates.json beside this file.
+The folder is one that scripts/quickstart.py has written. Writes quickstart_rates.json beside this file.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Llama-7B's recipes on a GPU: the memory that is planned, the memory that a run takes, and tokens a second.
+"""Measure Llama-7B's recipes on a GPU: planned memory, measured memory, and tokens per second.
 
     python scripts/benchmarks/recipes.py [--recipes llama-7b-last2 ...] [--at_once 1]
 
-Each recipe is run as it stands, in a process of its own, on a Llama-7B with random weights and on rows that fill 8 x
-512 tokens, but for four steps of two such batches. Needs the GPU alone, 14 GB of disk, and bitsandbytes for the 4-bit
-ones; writes recipes-<GPU>.json beside this file. "Planned" is what every run prints, without CUDA's own context;
-"measured" is the most that torch had allocated while it trained. Recipes that run at once share the GPU: their memory
-is their own, their speed is not. What is not run again is kept. `--table` prints the results that are there.
+Each recipe runs as it stands, in its own process, on a Llama-7B with random weights and on rows that fill 8 x 512
+tokens, but for only four steps of two such batches. Needs the GPU to itself, 14 GB of disk, and bitsandbytes for the
+4-bit recipes; writes recipes-<GPU>.json beside this file. "Planned" is what every run prints, without CUDA's own
+context; "measured" is the most that torch had allocated during training. Recipes that run at once share the GPU: their
+memory is their own, their speed is not. Results of recipes that are not run again are kept. `--table` prints the
+existing results.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from to_finetune.machine import file_word, machine
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 RECIPES = {path.stem: path for path in sorted((ROOT / "configs" / "recipes").glob("llama-7b-*.yaml"))}
-LLAMA_7B = LlamaConfig(vocab_size=32_000)  # the others of its sizes are transformers' defaults
+LLAMA_7B = LlamaConfig(vocab_size=32_000)  # its other sizes are transformers' defaults
 ROWS, LENGTH, STEPS = 8, 512, 4
 FLAGS = f"""--gradient_accumulation_steps 2 --max_steps {STEPS} --val_set_size 0 --eval_strategy no --save_strategy no
     --logging_steps 1 --report_to tensorboard"""
@@ -66,7 +67,7 @@ def main() -> None:
 
 
 def write_inputs(folder: Path, config: LlamaConfig = LLAMA_7B) -> None:
-    """A Llama with random weights in bfloat16, a tokenizer of bytes, and rows that are longer than a batch's."""
+    """Write a Llama with random bfloat16 weights, a byte-level tokenizer, and rows that are longer than a batch's."""
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model")
     torch.cuda.empty_cache()
@@ -76,7 +77,7 @@ def write_inputs(folder: Path, config: LlamaConfig = LLAMA_7B) -> None:
 
 
 def run(folder: Path, recipe: str) -> dict[str, Any]:
-    """Bytes and tokens a second of a recipe, or its error."""
+    """Run a recipe; return its bytes and tokens per second, or its error."""
     out = folder / recipe
     command = [sys.executable, "scripts/finetune.py", "--config", str(RECIPES[recipe]), *FLAGS.split()]
     command += ["--model_name_or_path", str(folder / "model"), "--dataset_name", str(folder / "rows.jsonl")]
@@ -102,7 +103,7 @@ def history(out: Path) -> list[dict[str, Any]]:
 
 
 def step_seconds(out: Path) -> list[float]:
-    """Of all steps but the first two, from the times at which their losses were logged."""
+    """Return the seconds of all steps but the first two, from the times at which their losses were logged."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (file,) = out.glob("**/events.out.tfevents.*")

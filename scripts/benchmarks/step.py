@@ -1,15 +1,15 @@
-"""One optimizer step side by side: milliseconds, bandwidth, memory, and whether each bar is met. One JSON of results.
+"""Compare one step of several optimizers: milliseconds, bandwidth, memory, and whether each bar is met.
 
     python scripts/benchmarks/step.py
 
-Writes step-cpu.json or step-<name of the GPU>.json beside this file. Within a case all methods take turns, a step each
-a round in an order drawn anew, so that a busy machine slows them alike. They share the gradients; each has weights of
-its own, because our steps remember sums over the weights, which hold only while nobody else writes them. GB/s counts
-the bytes that a step cannot avoid to move; the limit is `copy_` of as many weights, which an update in place exceeds on
-CPUs that read what they are about to overwrite. Other work on the CPU slows OpenMP's methods (all but ours) by a time
-slice a step: run it on an idle machine. `--table` prints the tables again.
+Writes step-cpu.json or step-<name of the GPU>.json beside this file. Within a case all methods take turns, one step
+each per round in random order, so that a busy machine slows them alike. They share the gradients; each has its own
+weights, because our steps remember sums over the weights, which hold only while nothing else writes to them. GB/s
+counts the bytes that a step must move; the limit is `copy_` of as many weights, which an update in place exceeds on
+CPUs that read what they are about to overwrite. Other work on the CPU slows the methods that use OpenMP (all but ours)
+by a time slice per step: run it on an idle machine. `--table` prints the tables again.
 
-`--quick` tries everything in seconds; the Triton kernels without a GPU, in a minute or two:
+`--quick` tries everything in seconds. To try the Triton kernels without a GPU, in a minute or two:
 
     TRITON_INTERPRET=1 python scripts/benchmarks/step.py --quick --device cpu
 """
@@ -48,24 +48,24 @@ HERE = Path(__file__).parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WEIGHTS = {"cpu": 50_000_000, "cuda": 400_000_000}
 ROUNDS = {"cpu": 25, "cuda": 40}
-RARELY = 5  # bitsandbytes, fifty times as slow as the others on a CPU, is timed in every fifth round
-NEEDED = 150  # bytes of memory a weight: weights and state of all methods together
+RARELY = 5  # bitsandbytes, fifty times as slow as the others on a CPU, is timed only in every fifth round
+NEEDED = 150  # bytes of memory per weight: weights and state of all methods together
 LLAMA_SCALES = ((1, 2), (1, 1), (2, 1), (4, 1), (8, 1), (16, 1))  # divisor of the hidden sizes, layers
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 33 / 32}
-LR = 1e-6  # the weights stay what they are: a step costs the same at any rate
+LR = 1e-6  # keeps the weights almost as they are; a step costs the same at any rate
 OPTIONS: dict[str, Any] = {"alpha": 0.3, "relative_alpha": True, "weight_decay": 0.01, "decoupled_weight_decay": True}
 RMS, RECOMMENDED = ({**OPTIONS, "grad_scale": scale} for scale in ("rms", "factored"))
 
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer, and what its step reads and writes beside the weights."""
+    """An optimizer, and what its step reads and writes besides the weights."""
 
     build: Callable[..., Any]
-    states: int  # numbers of state a weight, read and written
-    gradient_reads: int = 1  # twice where a sum over a whole block comes before its first update
-    state_reads: int = 0  # numbers of state in that sum
-    state_bytes: float | None = None  # of one number, where the optimizer has its own format
+    states: int  # state elements per weight, read and written
+    gradient_reads: int = 1  # 2 if a sum over a whole block comes before its first update
+    state_reads: int = 0  # state elements per weight in that sum
+    state_bytes: float | None = None  # per element, if the optimizer has its own format
     ours: bool = False
 
     def bytes_per_weight(self, weight: str, state: str) -> float:
@@ -167,7 +167,7 @@ def measure_all(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def case_shapes(device: torch.device, quick: bool) -> dict[str, Shapes]:
-    """The tensors of each case, as many as fit."""
+    """Return the shapes of each case's tensors, as many as fit into memory."""
     if INTERPRETED and quick:
         return {"four small tensors": [(100, 100)] * 4}
     if device.type == "cuda":
@@ -183,14 +183,14 @@ def case_shapes(device: torch.device, quick: bool) -> dict[str, Shapes]:
 
 
 def linears(divisor: int, norms: int = 0) -> list[tuple[int, ...]]:
-    """Of one layer of Llama-7B."""
+    """Return the shapes of one layer of Llama-7B, with its sizes divided by `divisor`."""
     h, m = 4096 // divisor, 11008 // divisor
     return [(h, h)] * 4 + [(m, h)] * 2 + [(h, m)] + [(h,)] * norms
 
 
 @dataclass
 class Contestant:
-    """A method on weights of its own, and what its steps took."""
+    """A method with its own weights, and the measurements of its steps."""
 
     method: str
     state_dtype: str
@@ -209,7 +209,7 @@ class Contestant:
         self.optimizer = method.build(params, **({"state_dtype": self.state_dtype} if method.ours else {}))
 
     def timed_step(self, device: torch.device) -> None:
-        """On a GPU `ms` is between two events on the device, and `host_ms` what issuing the step takes."""
+        """Time a step; on a GPU, `ms` is the time between two device events, and `host_ms` the time to issue it."""
         if device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
@@ -223,7 +223,7 @@ class Contestant:
         self.ms.append(start.elapsed_time(end) if device.type == "cuda" else self.host_ms[-1])
 
     def measure_memory(self, device: torch.device) -> None:
-        """The peak of a step above the level before it, and the bytes of state without counts, which are 0-dim."""
+        """Measure a step's peak memory above the level before, and the bytes of state without the 0-dim counts."""
         if device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -231,9 +231,9 @@ class Contestant:
             self.optimizer.step()
             self.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
         else:
-            with suppress(OSError, AttributeError):  # not on this system
+            with suppress(OSError, AttributeError):  # not supported on this system
                 ctypes.CDLL(None).malloc_trim(0)  # freed memory counts as used until it is given back
-                Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
+                Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
                 before = process_memory("VmRSS")
                 self.optimizer.step()
                 self.peak_mib = max(0, process_memory("VmHWM") - before) / 2**20
@@ -259,14 +259,14 @@ def compete(
     device: torch.device,
     options: argparse.Namespace,
 ) -> None:
-    """All take turns; their weights and state are gone afterwards."""
+    """Time all contestants in turns, then measure their memory and free their weights and state."""
     torch.manual_seed(0)
     draw = random.Random(0)
     base, grads = ([torch.randn(s, device=device).mul_(x).to(dtype) for s in shapes] for x in (0.02, 0.001))
     for one in contestants:
         try:
             one.build(base, grads)
-            one.optimizer.step()  # makes the state
+            one.optimizer.step()  # creates the state
         except Exception as error:
             if one.method != BNB:
                 raise
@@ -291,7 +291,7 @@ def compete(
 
 
 def summaries(case: str, shapes: Shapes, weight: str, contestants: Sequence[Contestant]) -> Iterator[dict[str, Any]]:
-    """One for each state dtype; ratios are to the AdamW and the copy of the same rounds."""
+    """Yield one summary per state dtype; ratios are to the AdamW and the copy of the same rounds."""
     weights = sum(map(prod, shapes))
     median = {one.method: statistics.median(one.ms) for one in contestants if one.state_dtype == weight and one.ms}
     copied = METHODS[COPY].bytes_per_weight(weight, weight) / median[COPY]
@@ -316,7 +316,7 @@ def summaries(case: str, shapes: Shapes, weight: str, contestants: Sequence[Cont
 
 
 def bars(cases: Sequence[dict[str, Any]], gpu: bool) -> list[dict[str, Any]]:
-    """What the steps are held to; `met` is null where a figure is missing."""
+    """Compare the steps with the bars that they are held to; `met` is null if a figure is missing."""
     at = {(case["case"], case["weight_dtype"], case["state_dtype"]): case["methods"] for case in cases}
     full = [key for key in at if key[1] == key[2]]
     compare = {"<=": operator.le, ">=": operator.ge, "=": operator.eq}
@@ -351,7 +351,7 @@ def bars(cases: Sequence[dict[str, Any]], gpu: bool) -> list[dict[str, Any]]:
 
 
 def summary(results: dict[str, Any]) -> str:
-    """Markdown: times over the fused AdamW's, as the README has them."""
+    """Return Markdown: times relative to the fused AdamW's, as in the README."""
     cases = sorted(results["cases"], key=lambda case: case["weight_dtype"] != "float32")
     full = [case for case in cases if case["state_dtype"] == case["weight_dtype"]]
     int8 = [case["methods"] for case in cases if case["state_dtype"] == "int8"]
@@ -370,7 +370,7 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """Markdown: every method of every case, the overhead of many tensors, the bars."""
+    """Return Markdown: every method of every case, the overhead of many tensors, and the bars."""
     lines = ["| case | weights, state | method | ms (quartiles) | host ms | × AdamW fused | GB/s | of copy_ "]
     lines[0] += "| state bytes a weight | MiB of a step |"
     lines.append("|---" * 10 + "|")

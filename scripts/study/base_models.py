@@ -1,11 +1,10 @@
-"""The study's base models: stories260k, and Llamas pretrained here on 20 Newsgroups.
+"""Make the study's base models: stories260k, and Llamas pretrained here on 20 Newsgroups.
 
     python scripts/study/base_models.py DATA_DIR [--models 1M 5M]
 
-Trains a tokenizer of 4,096 tokens on the training posts, then pretrains Llamas of 1 and 5 million weights (and, if it
-is named, one of 102 million, which wants a GPU) by `finetune.py`, and says their loss on posts that were held out,
-beside that of guessing each token by its frequency. What is there already is kept. DATA_DIR has `20news-bydate` and
-`stories260k`.
+Trains a tokenizer of 4,096 tokens on the training posts, then pretrains Llamas of 1 and 5 million weights (and, if
+named, one of 102 million, which needs a GPU) with `finetune.py`, and prints their loss on held-out posts beside that of
+guessing each token by its frequency. Existing models are kept. DATA_DIR has `20news-bydate` and `stories260k`.
 """
 
 from __future__ import annotations
@@ -51,13 +50,13 @@ def main() -> None:
 
 
 def check_data(folder: Path, *needed: str) -> None:
-    """Stop with a sentence where something is missing."""
+    """Exit with an error message if something is missing."""
     if missing := [name for name in needed if not (folder / name).exists()]:
         raise SystemExit(f"error: {folder} has no {', '.join(missing)}.")
 
 
 def made(name: str, data_dir: Path) -> Path:
-    """The folder of a base model, pretrained if it is not there."""
+    """Return the folder of a base model, pretrained first if it does not exist."""
     if name == "stories260k":
         return data_dir / name
     folder = MODELS_DIR / name
@@ -72,7 +71,7 @@ def made(name: str, data_dir: Path) -> Path:
         start(data_dir, texts[HELD_OUT:], folder / "start", size)
         go_on = "--resume_from_checkpoint true" if last_checkpoint(pretrained) else ""
         if not go_on:
-            shutil.rmtree(pretrained, ignore_errors=True)  # of one that was killed
+            shutil.rmtree(pretrained, ignore_errors=True)  # left by a run that was killed
         flags = f"""--model_name_or_path {folder / "start"} --output_dir {pretrained}
             --dataset_name {MODELS_DIR / "posts.jsonl"} --eval_dataset_name {held_out} --optim adamw_torch
             --learning_rate {size.learning_rate} --adam_beta2 0.95 --lr_scheduler_type cosine --warmup_steps 20
@@ -87,7 +86,7 @@ def made(name: str, data_dir: Path) -> Path:
 
 
 def posts(data_dir: Path) -> list[str]:
-    """The training posts without their headers, in the order of their numbers."""
+    """Return the training posts of more than 100 characters, without their headers, sorted by file name."""
     files = sorted((data_dir / "20news-bydate" / "20news-bydate-train").glob("*/*"), key=lambda file: file.name)
     bodies = (file.read_text(encoding="latin-1").partition("\n\n")[2].strip() for file in files)
     return [body for body in bodies if len(body) > 100]
@@ -98,7 +97,7 @@ def write(path: Path, texts: list[str]) -> None:
 
 
 def start(data_dir: Path, texts: list[str], folder: Path, size: Size) -> None:
-    """A tokenizer like stories260k's, trained on the texts, and a Llama with random weights."""
+    """Write a tokenizer like stories260k's, trained on the texts, and a Llama with random weights."""
     small = AutoTokenizer.from_pretrained(data_dir / "stories260k")
     tokenizer = small.train_new_from_iterator(texts, vocab_size=VOCABULARY)
     tokenizer.save_pretrained(folder)
@@ -111,7 +110,7 @@ def start(data_dir: Path, texts: list[str], folder: Path, size: Size) -> None:
         num_attention_heads=size.heads,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        initializer_range=size.hidden**-0.5,  # transformers' 0.02 is that of a width of 2,500, and learns slowly here
+        initializer_range=size.hidden**-0.5,  # transformers' 0.02 suits a width of 2,500, and learns slowly here
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
@@ -119,7 +118,7 @@ def start(data_dir: Path, texts: list[str], folder: Path, size: Size) -> None:
 
 
 def frequency_loss(folder: Path, texts: list[str]) -> float:
-    """Nats a token of the held-out posts, from the tokens' frequencies in the others."""
+    """Return the loss in nats per token of the held-out posts, given the tokens' frequencies in the others."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     seen = Counter(token for row in tokenizer(texts[HELD_OUT:]).input_ids for token in row)
     asked = Counter(token for row in tokenizer(texts[:HELD_OUT]).input_ids for token in row)

@@ -13,10 +13,10 @@ from to_finetune.optim.rules import SMALLEST_DIVISOR
 
 
 class MuonAndAdamW(Optimizer):
-    """torch's Muon on the matrices of the decoder's layers, AdamW on embeddings and vectors, as Muon's authors have it.
+    """torch's Muon on the matrices of the decoder's layers, AdamW on embeddings and vectors, as Muon's authors do.
 
-    Muon's step is scaled to AdamW's (`match_rms_adamw`), so that one rate serves both. The groups are those of the two
-    optimizers, so that a scheduler moves their rates.
+    Muon's step is scaled to AdamW's (`match_rms_adamw`), so that one rate serves both. There is one group for each of
+    the two optimizers, so that a scheduler sets their rates.
     """
 
     def __init__(self, model: nn.Module, lr: float) -> None:
@@ -41,19 +41,21 @@ class MuonAndAdamW(Optimizer):
 
 
 class IdeaTO(Optimizer):
-    """Diagonal TO with both options, plain and slow, and with one idea more; without ideas it is `DiagonalTO`.
+    """Diagonal TO with both options, in plain, slow code, to try one more idea; without ideas it is `DiagonalTO`.
 
     Args:
-        centre: "start" or "mean": the slope multiplies ``w - c``, c the weights at the start, or their running mean of
-            rate beta, instead of w. While w hardly moves, ``a w`` and b cannot be told apart; ``a (w - c)`` and b can.
+        centre: "start" or "mean": the slope multiplies ``w - c`` instead of w, where c is the weights at the start, or
+            their running mean of rate beta. While w hardly moves, ``a w`` and b cannot be told apart; ``a (w - c)``
+            and b can.
         rows: alpha is relative to the mean square of a weight's row instead of its tensor.
-        scale: "rows" divides each row of the gradient by its own rms, "factored" each element by the geometric mean of
-            its row's and its column's, of embeddings too; "running" does so with Adafactor's running means of squares.
+        scale: "rows" divides each row of the gradient by its own rms, "factored" each element by the product of its
+            row's and its column's, over the tensor's rms, for embeddings too; "running" does so with Adafactor's
+            running means of squares.
         warm: beta is ``max(beta, 1/(t + 1))`` in step t = 0, 1, ..., so that the estimate is a mean from the start.
         momentum: the step is taken along a running mean of G with this factor.
-        clip: the residual is clipped to so many times its tensor's rms.
-        slope: without it b alone learns, at the rate that slope and offset have together,
-            ``beta + alpha w^2 / mean(w^2)``: a running mean with a rate of its own for each weight.
+        clip: the residual is clipped to this many times its tensor's rms.
+        slope: if False, only b learns, at the rate that slope and offset have together,
+            ``beta + alpha w^2 / mean(w^2)``: a running mean with its own rate for each weight.
     """
 
     def __init__(
@@ -118,7 +120,7 @@ class IdeaTO(Optimizer):
 
 
 def _scale(x: Tensor, of: str) -> Tensor:
-    """The rms of the tensor, of each row, or what rows and columns say together of each element."""
+    """Return the rms of the tensor, of each row, or of each element as estimated from its row and column."""
     return _size_of(x.square(), of)
 
 

@@ -1,13 +1,13 @@
-"""TO against well-tuned optimizers: small pretrained Llamas, four trained parts, instructions of Alpaca.
+"""Compare TO with well-tuned optimizers: small pretrained Llamas, four trained parts, Alpaca's instructions.
 
     python scripts/study/study.py DATA_DIR [--cells 1M/last2 5M/lora ...] [--methods adamw diagonal_to ...]
     python scripts/study/study.py DATA_DIR --cells 100M/last2 --methods adamw momentum_factored diagonal_to_factored \
         diagonal_to_default     # on a GPU, in about ten minutes
 
-Each method of a cell (a base model and a trained part) gets the same trials on seed 0: three values of lr, a factor of
-three apart, more at an end while the best is there, then two between, then three times and a third of the best; the
-best by held-out loss is trained on three other seeds. Every run is what `finetune.py` does with the same flags,
-without its pages. Each leaves a line in results/CELL.jsonl; what is there is not run again.
+Each method of a cell (a base model and a trained part) is tuned alike on seed 0: three values of lr, a factor of three
+apart; more at an end while the best is there; then two between, next to the best; then three times and a third of the
+best. The best by held-out loss is trained on three other seeds. Every run does what `finetune.py` does with the same
+flags, without its pages. Each run adds a line to results/CELL.jsonl and is not repeated.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from to_finetune.training.proofs import unwrapped
 from to_finetune.training.sft import TOSFTTrainer
 
 RESULTS = Path(__file__).parent / "results"
-AGAIN = (RESULTS / "again", RESULTS / "third")  # of base models that were pretrained once more, and a third time
+AGAIN = (RESULTS / "again", RESULTS / "third")  # for base models pretrained a second and a third time
 TUNING_SEED, SEEDS = 0, (1, 2, 3)
 STEP = math.sqrt(3)  # between neighbouring values of lr
 WIDENINGS = 4  # at most
@@ -65,7 +65,7 @@ PROTOCOL = """--dataset_train_split train[:4000] --val_set_size 200 --per_device
 class Method(NamedTuple):
     title: str
     optim: str
-    lr: float | None  # the middle of the first values on stories260k; None for the toolkit's default, untuned
+    lr: float | None  # the middle of the initial values on stories260k; None for the toolkit's default, untuned
     options: str = ""
 
 
@@ -105,7 +105,7 @@ IDEAS: dict[str, dict[str, Any]] = {  # options of `IdeaTO`
     "clipped residual": {"clip": 2.0},
 }
 METHODS |= {name: Method(f"Diagonal TO, {name}", "idea", 6e-3, json.dumps(idea)) for name, idea in IDEAS.items()}
-RATES = {  # of the estimate, others than the recommended ones
+RATES = {  # of the estimate, other than the recommended ones
     "alpha 0.1": "alpha=0.1",
     "alpha 1.0": "alpha=1.0",
     "beta 0.05": "beta=0.05",
@@ -116,14 +116,14 @@ METHODS |= {
     f"factored, {name}": Method(f"Diagonal TO, factored, {name}", "diagonal_to", 6e-3, f"{rates},grad_scale=factored")
     for name, rates in RATES.items()
 }
-ASIDE = {*IDEAS, *(f"factored, {name}" for name in RATES)}  # run when they are asked for, and in the cells' tables only
+ASIDE = {*IDEAS, *(f"factored, {name}" for name in RATES)}  # run only on request, and shown in the cells' tables alone
 START = {
     "stories260k": 1.0,
     "1M": 0.5,
     "5M": 0.3,
     "100M": 0.1,
     "lora": 2.0,
-}  # of the middle: a guess, the grid goes where it must
+}  # factors of the middle: a guess, since the grid is widened as needed
 
 
 def main() -> None:
@@ -151,7 +151,7 @@ def main() -> None:
 
 
 def compare(runs: Runs, method: str) -> None:
-    """All runs of a method in a cell."""
+    """Tune a method in a cell, and run it on the judging seeds."""
     is_tuned = METHODS[method].lr is not None
     best = tune(runs, method) if is_tuned else None
     if best is None and is_tuned:
@@ -162,11 +162,11 @@ def compare(runs: Runs, method: str) -> None:
 
 
 def tune(runs: Runs, method: str) -> int | None:
-    """The exponent of the best lr, which is ``middle * STEP**exponent``; None where every run diverged."""
+    """Return the exponent of the best lr, which is ``middle * STEP**exponent``; None if every run diverged."""
     tried = {k: runs.loss(method, k) for k in (-2, 0, 2)}
 
     def best() -> int:
-        return min(tried, key=lambda k: (tried[k], k))  # where all diverge, the lowest
+        return min(tried, key=lambda k: (tried[k], k))  # if all diverge, the lowest
 
     for _ in range(WIDENINGS):
         ends = {min(tried): min(tried) - 2, max(tried): max(tried) + 2}
@@ -185,7 +185,7 @@ def tune(runs: Runs, method: str) -> int | None:
 
 
 class Runs:
-    """The finished runs of a cell, a line each in its file, and those that are missing."""
+    """The runs of a cell: finished ones are lines of its file, missing ones are run when needed."""
 
     def __init__(self, cell: str, data_dir: Path, results: Path) -> None:
         self.cell, self.data_dir = cell, data_dir
@@ -202,7 +202,7 @@ class Runs:
             write_whole(self.path, json.dumps({**head, "machine": machine()}) + "\n")
         found = self.path.read_text(encoding="utf-8")
         text = found[: found.rfind("\n") + 1]
-        if text != found:  # a line that was not written to its end
+        if text != found:  # the last line was not written to its end
             write_whole(self.path, text)
         first, *lines = [json.loads(line) for line in text.splitlines()]
         if {key: first[key] for key in head} != head:
@@ -210,7 +210,7 @@ class Runs:
         self.done = {(run["method"], METHODS[run["method"]].lr and run["lr"], run["seed"]): run for run in lines}
 
     def loss(self, method: str, exponent: int | None, seed: int = TUNING_SEED) -> float:
-        """The held-out loss of a run, infinite if it diverged; without an exponent it is one at the default rate."""
+        """Return the held-out loss of a run, infinite if it diverged; without an exponent, at the default rate."""
         middle, lr = METHODS[method].lr, None
         if middle is not None and exponent is not None:
             lr = float(f"{middle * START[self.model] * START.get(self.part, 1.0) * STEP**exponent:.3g}")
@@ -229,7 +229,7 @@ class Runs:
 
 
 def train(protocol: str, base: Path, data_dir: Path, method: Method, lr: float | None, seed: int) -> dict[str, Any]:
-    """One run: its rate, held-out losses (None if it diverged), each step's training loss, seconds and bytes."""
+    """Run once; return its rate, held-out losses (None if it diverged), each step's training loss, time and memory."""
     with TemporaryDirectory() as folder:
         flags = f"""{protocol} --model_name_or_path {base}
             --dataset_name {data_dir / "alpaca_data.json"} --seed {seed} --output_dir {folder}
@@ -263,14 +263,14 @@ def train(protocol: str, base: Path, data_dir: Path, method: Method, lr: float |
 
 
 def named(method: Method, model: nn.Module, lr: float) -> Optimizer:
-    """The optimizers that Hugging Face has no name for."""
+    """Build an optimizer that Hugging Face has no name for."""
     if method.optim == "muon":
         return MuonAndAdamW(model, lr)
     return IdeaTO((p for p in model.parameters() if p.requires_grad), lr, **json.loads(method.options))
 
 
 def prepared(flags: Sequence[str], data_dir: Path) -> TOSFTTrainer:
-    """The trainer of a run, with two held-out sets: Alpaca's own and the user-oriented instructions."""
+    """Build the trainer of a run, with two held-out sets: Alpaca's own and the user-oriented instructions."""
     model_args, data_args, args = parse_arguments(flags)
     tokenizer, rows, held_out = prepare_data(model_args, data_args, args)
     model, _ = prepare_model(model_args, args)
@@ -283,7 +283,7 @@ def prepared(flags: Sequence[str], data_dir: Path) -> TOSFTTrainer:
 
 
 def user_oriented(data_dir: Path) -> Path:
-    """The user-oriented instructions as rows of Alpaca's form."""
+    """Return the file of the user-oriented instructions as rows in Alpaca's format, writing it if needed."""
     path = base_models.MODELS_DIR / "user_oriented.jsonl"
     if path.exists():
         return path

@@ -27,17 +27,17 @@ from to_finetune.report.plot import COLOURS
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-FIRST = 0.2  # of the steps: the speed of the start
-TRIALS = 5  # rates, at least, before a method counts as one that diverges
+FIRST = 0.2  # share of the steps whose mean loss shows the speed of the start
+TRIALS = 5  # rates that must have been tried before a method counts as diverging
 REFERENCE = "adamw"
 DRAWN = ("adamw", "diagonal_to_factored", "momentum_factored", "rank_one_to_factored", "adafactor", "muon")
 Run = dict[str, Any]
 
 
 class Judged(NamedTuple):
-    """A method in a cell: its runs at the rate that won on seed 0, of the other seeds, and all of seed 0 by rate.
+    """A method in a cell: its runs on the other seeds at the rate that won on seed 0, and all of seed 0 by rate.
 
-    Where every rate diverged, `lr` is NaN and there are no runs on other seeds.
+    If every rate diverged, `lr` is NaN and there are no runs on other seeds.
     """
 
     lr: float
@@ -45,7 +45,7 @@ class Judged(NamedTuple):
     tuning: dict[float, Run]
 
     def mean(self, measure: str) -> float | None:
-        """None where a seed, or every rate, diverged."""
+        """Return the mean over the runs; None if a seed, or every rate, diverged."""
         values = measured_all(self.runs, measure)
         return fmean(values) if values else None
 
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def write_tables(results: Path) -> dict[str, dict[str, Judged]]:
-    """Write tables.md of the runs in a folder; returns its cells that have the reference."""
+    """Write tables.md of the runs in a folder; return its cells that have the reference."""
     cells = {cell: judged(cell, results) for cell in [*CELLS, ON_GPU]}
     begun = [
         tried(cell, results) for cell, methods in cells.items() if REFERENCE not in methods and runs_of(cell, results)
@@ -71,7 +71,7 @@ def write_tables(results: Path) -> dict[str, dict[str, Judged]]:
 
 
 def runs_of(cell: str, results: Path) -> dict[str, list[Run]]:
-    """By method."""
+    """Read the runs of a cell, by method."""
     path = results / f"{cell.replace('/', '-')}.jsonl"
     by_method: dict[str, list[Run]] = defaultdict(list)
     for line in path.read_text(encoding="utf-8").splitlines()[1:] if path.exists() else ():
@@ -81,7 +81,7 @@ def runs_of(cell: str, results: Path) -> dict[str, list[Run]]:
 
 
 def judged(cell: str, results: Path) -> dict[str, Judged]:
-    """The methods of a cell whose runs are all there."""
+    """Return the methods of a cell whose runs are complete."""
     by_method, found = runs_of(cell, results), {}
     for method in METHODS:
         tuning = {run["lr"]: run for run in by_method[method] if run["seed"] == TUNING_SEED}
@@ -103,7 +103,7 @@ def judged(cell: str, results: Path) -> dict[str, Judged]:
 
 
 def measured(run: Run, measure: str) -> float | None:
-    """The held-out loss on "alpaca" or "user", the mean training loss ("train") or that of the "first" steps."""
+    """Return the held-out loss on "alpaca" or "user", the mean training loss ("train") or that of the "first" steps."""
     if run["alpaca"] is None or measure in ("alpaca", "user"):
         return run[measure] if run["alpaca"] is not None else None
     losses = run["curve"]
@@ -111,13 +111,13 @@ def measured(run: Run, measure: str) -> float | None:
 
 
 def measured_all(runs: list[Run], measure: str) -> list[float]:
-    """What `measured` says of each run; nothing where one diverged."""
+    """Return what `measured` returns for each run; an empty list if one diverged."""
     values = [value for run in runs if (value := measured(run, measure)) is not None]
     return values if len(values) == len(runs) else []
 
 
 def tables(cells: dict[str, dict[str, Judged]]) -> list[str]:
-    """Markdown: held-out losses beside AdamW's, then a table of each cell, which has what was tried aside too."""
+    """Return Markdown: held-out losses against AdamW's, then a table of each cell, which includes `ASIDE`."""
     methods = [method for method in METHODS if any(method in found for found in cells.values())]
     summary = [
         "| held-out loss | " + " | ".join(cell.replace("/", "<br>") for cell in cells) + " |",
@@ -149,7 +149,7 @@ def tables(cells: dict[str, dict[str, Judged]]) -> list[str]:
 
 
 def tried(cell: str, results: Path) -> str:
-    """Of a cell that is not judged yet: the runs of seed 0 at each method's best rate, and what is untuned."""
+    """Tabulate a cell without the reference: each tuned method's best run of seed 0, and the untuned method's mean."""
     rows = [
         f"**{cell}**, not judged: the best of seed 0, and the mean of the untuned method's seeds\n",
         "| method | rates tried | lr | held out | user-oriented | training, mean | first fifth | ms a step |",
@@ -174,7 +174,7 @@ def tried(cell: str, results: Path) -> str:
 
 
 def against(found: dict[str, Judged], method: str) -> str:
-    """AdamW's loss, or how far a method's is from it in percent; stars for the paired t-test over the seeds."""
+    """Return AdamW's loss, or how far a method's is from it in percent, with stars for the paired t-test over seeds."""
     if method not in found:
         return ""
     mean, reference = found[method].mean("alpaca"), found[REFERENCE].mean("alpaca")
@@ -194,7 +194,7 @@ def spread(runs: list[Run], measure: str) -> str:
 
 
 def nearby(one: Judged, factor: float) -> str:
-    """How much higher the held-out loss of seed 0 is at `factor` times the best rate."""
+    """Return how much higher the held-out loss of seed 0 is at `factor` times the best rate."""
     lr = next((lr for lr in one.tuning if abs(lr / (factor * one.lr) - 1) < 0.02), None)
     if lr is None:
         return ""
@@ -217,7 +217,7 @@ def panels(cells: dict[str, dict[str, Judged]]) -> tuple[Any, list[Any]]:
 
 
 def curves(cells: dict[str, dict[str, Judged]]) -> None:
-    """Training losses, smoothed over ten steps: the mean over the seeds, their range as a band."""
+    """Draw training losses, smoothed over ten steps: the mean over the seeds, their range as a band."""
     figure, axes = panels(cells)
     for ax, found in zip(axes, cells.values(), strict=False):
         for method, colour in zip(DRAWN, COLOURS, strict=True):
@@ -235,7 +235,7 @@ def smoothed(losses: list[float], width: int = 10) -> list[float]:
 
 
 def sensitivity(cells: dict[str, dict[str, Judged]]) -> None:
-    """The held-out loss of seed 0 over the rate, each method's in units of its best."""
+    """Draw the held-out loss of seed 0 over the rate, in units of each method's best rate."""
     figure, axes = panels(cells)
     for ax, found in zip(axes, cells.values(), strict=False):
         losses = [run["alpaca"] for one in found.values() for run in one.tuning.values() if run["alpaca"] is not None]

@@ -1,1 +1,1 @@
-"""The verbs of `to-finetune`. Each declares its arguments, and imports what is heavy when it runs."""
+"""The verbs of `to-finetune`. Each declares its arguments, and imports heavy modules only when it runs."""

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     at_least_one(batch_size=arguments.batch_size)
     if arguments.split is not None and arguments.dataset_name is None:
         raise UsageError(f"split={arguments.split!r} is of --dataset_name, which is not given.")
-    with redirect_stdout(sys.stderr):  # what libraries have to say
+    with redirect_stdout(sys.stderr):  # keep the output of libraries out of stdout
         values, table = _tasks(arguments) if arguments.tasks is not None else _held_out(arguments)
     if arguments.json:
         print(json.dumps({"model": arguments.model, **values}, indent=2))
@@ -83,7 +83,7 @@ def _held_out(arguments: argparse.Namespace) -> tuple[dict[str, Any], Renderable
 
 
 def held_out_table(result: HeldOut) -> RenderableType:
-    """Loss and perplexity; with a base its own above, and the difference (of the perplexities the ratio) below."""
+    """Return a table of loss and perplexity; with a base, also its row, the difference and the perplexities' ratio."""
     from rich.console import Group
     from rich.table import Table
 
@@ -131,7 +131,7 @@ def _tasks(arguments: argparse.Namespace) -> tuple[dict[str, Any], RenderableTyp
 
 
 def task_table(measured: dict[str, dict[str, dict[str, float]]]) -> RenderableType:
-    """One row a metric, one column a model, and the difference of two."""
+    """Return a table with a row per metric and a column per model; for two models also their difference."""
     from rich.table import Table
 
     table = Table(title="lm-evaluation-harness", title_justify="left")

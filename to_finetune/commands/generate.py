@@ -64,10 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def read_prompts(given: Sequence[str] | None) -> list[str] | None:
-    """The prompts that are given, or the lines that are piped in; None for a chat.
+    """Return the given prompts, or the lines that are piped in; None for a chat.
 
     Raises:
-        UsageError: for an empty one, or where there is nothing to read.
+        UsageError: for an empty prompt, or if there is nothing to read.
     """
     if given is None and sys.stdin.isatty():
         return None

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Answer:
-    """What was asked, as far as it was."""
+    """The plan, and whatever else was asked for."""
 
     plan: Plan
     budget: int | None = None
@@ -67,10 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def find(arguments: argparse.Namespace) -> Answer:
-    """The plan, and what else was asked for.
+    """Plan the run, and find whatever else was asked for.
 
     Raises:
-        UsageError: for flags that cannot be, a model that is not there, and what cannot be planned.
+        UsageError: for invalid flags, a model that does not exist, and a run that cannot be planned.
     """
     from to_finetune.planning import check_gpu, pick_subset, plan, proposals, speed
     from to_finetune.training.plan import choice_of, parse_for_plan, settings_of

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from to_finetune.paper.reproduce import reproduce
 
-    with sigterm_interrupts():  # a process of the Llama's trainings would stay behind
+    with sigterm_interrupts():  # else a process that trains the Llama would be left running
         return reproduce(
             arguments.targets, arguments.data_dir, arguments.output_dir, quick=arguments.quick, device=arguments.device
         )

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Refuse ways that exclude each other, and files of the wrong kind, before an hour of scores.
+    """Raise if the ways exclude each other, or a file is of the wrong kind, before an hour of scoring.
 
     Raises:
         UsageError: naming the flags.
@@ -91,7 +91,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def score(arguments: argparse.Namespace) -> list[ScoredTensor]:
-    """The matrices by their signal-to-noise ratio, with a progress bar."""
+    """Score the matrices by their signal-to-noise ratio, with a progress bar."""
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -110,7 +110,7 @@ def score(arguments: argparse.Namespace) -> list[ScoredTensor]:
 
 
 def _words(arguments: argparse.Namespace) -> list[str]:
-    """The command, as far as it says what trains."""
+    """Return the part of the command that says what trains."""
     words = ["select", "--model_name_or_path", arguments.model_name_or_path]
     for way in WAYS:
         value = getattr(arguments, way)

@@ -1,4 +1,4 @@
-"""`to-finetune sweep`: the learning rate, and what else is asked for, by one run a trial."""
+"""`to-finetune sweep`: search the learning rate, or other numbers and options, with one run per trial."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class _Lines:
-    """A line for each run that has ended, with the picture and the page up to date."""
+    """Prints a line for each run that has ended, and keeps the picture up to date."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -89,7 +89,7 @@ class _Lines:
 
 
 def _summarise(made: Sweep, console: Console) -> int:
-    """Returns the exit code: 1 where a run is left to be tried again."""
+    """Write the page, print the results, and return the exit code: 1 if a failed run is left to be retried."""
     import shlex
 
     from rich.text import Text

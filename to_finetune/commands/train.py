@@ -31,12 +31,12 @@ def run(arguments: argparse.Namespace) -> int:
     from to_finetune.training.launch import command_for, launch
     from to_finetune.training.prepare import check_base
 
-    # Here, and not in each process: one sentence, and no GPU is touched.
+    # Checked here, and not in each process: one error, and no GPU is touched.
     model_args, _, args = parse_arguments(arguments.flags, ArgumentsElsewhere, vars(arguments))
     check_base(model_args, args)
     gpus = 0 if args.use_cpu else torch.accelerator.device_count()
     command = command_for(arguments.flags, arguments.num_processes, arguments.accelerate_config, gpus)
     Console(soft_wrap=True).print(Text(f"$ {shlex.join(without_secrets(command))}", "dim"))
     os.environ.clear()
-    os.environ.update(environment)  # Hugging Face leaves notes on some flags there
+    os.environ.update(environment)  # Hugging Face sets variables for some flags
     return launch(command)

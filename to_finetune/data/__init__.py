@@ -1,4 +1,4 @@
-"""What the model is trained on: files and hub sets, the Alpaca prompt, a look at the prepared rows."""
+"""The training data: files and hub sets, the Alpaca prompt, a preview of the prepared rows."""
 
 from to_finetune.data.alpaca import alpaca_prompt
 from to_finetune.data.load import load_data

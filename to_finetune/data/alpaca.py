@@ -1,4 +1,4 @@
-"""The Alpaca prompt, and its like for chat messages where a tokenizer has no chat template."""
+"""The Alpaca prompt, and a chat template of the same form for tokenizers without one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHAT_TEMPLATE = (
 
 
 def alpaca_prompt(instruction: str, input: str | None = "") -> str:
-    """The prompt of Stanford Alpaca, which the response follows."""
+    """Return the prompt of Stanford Alpaca, up to where the response begins."""
     if input:
         return (
             f"{PREAMBLE}, paired with an input that provides further context. {REQUEST}\n\n"

@@ -1,4 +1,4 @@
-"""The forms that rows may be written in, and what TRL calls each of them."""
+"""The forms that rows may be written in, and their conversion to the forms that TRL knows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from to_finetune.data.alpaca import alpaca_prompt
 from to_finetune.errors import UsageError
 
-Rows: TypeAlias = Dataset | IterableDataset  # those of a stream are read while training
+Rows: TypeAlias = Dataset | IterableDataset  # the rows of a stream are read while training
 
 TEXTS, TURNS, MESSAGES, TEXT = "prompt and completion", "prompt and completion messages", "messages", "text"
 WANTED = "{instruction, input, output}, {prompt, completion}, {messages}, {conversations} or {text}"
@@ -25,10 +25,10 @@ class Normalized(NamedTuple):
     """Rows in one of TRL's forms.
 
     Attributes:
-        source: the flag and the name, for what is said about them.
-        rows: with the columns of the form, and of chats `tools` where they have some.
+        source: the flag and the name, for messages about the rows.
+        rows: with the columns of the form, and for chats `tools` if they have any.
         form: TEXTS, TURNS, MESSAGES or TEXT.
-        unread: the columns that it has besides.
+        unread: the remaining columns of the source, which are not used.
     """
 
     source: str
@@ -38,10 +38,10 @@ class Normalized(NamedTuple):
 
 
 def normalized(source: str, rows: Rows, text_column: str = "text") -> Normalized:
-    """Rows as TRL takes them: Alpaca's columns become prompt and completion, ShareGPT's conversations messages.
+    """Convert rows to TRL's forms: Alpaca's columns to prompt and completion, ShareGPT's conversations to messages.
 
     Raises:
-        UsageError: for columns that are none of the forms; when a row is reached whose form is another or broken.
+        UsageError: for columns of no known form; while reading, for a row of another form or a malformed one.
     """
     first: dict[str, Any] = next(iter(rows))
     columns = list(rows.column_names or first)
@@ -71,7 +71,7 @@ def normalized(source: str, rows: Rows, text_column: str = "text") -> Normalized
 
 
 def _features(before: Features | None, form: str, used: list[str]) -> Features | None:
-    """The types of the converted columns: map() would give a column that keeps its name the type it had."""
+    """Return the types of the converted columns: map() would keep the old type of a column that keeps its name."""
     if form == TEXTS:
         return Features(prompt=Value("string"), completion=Value("string"))
     if form == TEXT:
@@ -84,9 +84,9 @@ def _features(before: Features | None, form: str, used: list[str]) -> Features |
 
 
 def _turns_type(before: Any) -> Any:
-    """Role and content as text, all else as it was."""
+    """Return the type of turns with role and content as text, and all else unchanged."""
     turn = getattr(before, "feature", None)
-    if not isinstance(turn, dict):  # as JSON, where turns differ; or no turns at all, which is said of the row
+    if not isinstance(turn, dict):  # JSON, if turns differ; or no turns at all, which the row's check reports
         return before
     rest = {key: value for key, value in turn.items() if key not in ("from", "value", "role", "content")}
     return type(before)({"role": Value("string"), "content": Value("string"), **rest})
@@ -98,7 +98,7 @@ def _alpaca_row(row: dict[str, Any], index: int, source: str, columns: list[str]
 
 
 def _text_row(row: dict[str, Any], index: int, source: str, columns: list[str]) -> dict[str, str]:
-    """The cells as text: a CSV file's numbers, and its empty cells; NaN is one too, as pandas writes them."""
+    """Return the cells as text, including numbers of a CSV file and its empty cells, which pandas may write as NaN."""
     for column in columns:
         if isinstance(row[column], (list, dict)):
             raise _malformed(source, index, f"{column} must be a text as in the first row", row[column])
@@ -116,7 +116,7 @@ def _turns_row(row: dict[str, Any], index: int, source: str, columns: list[str])
 
 
 def _turns(row: dict[str, Any], index: int, source: str, column: str) -> list[dict[str, Any]]:
-    """A conversation as TRL has it: each turn with its role, its content, and what else it holds (tool calls)."""
+    """Return a conversation in TRL's form: each turn with its role, its content, and all else (tool calls)."""
     turns = row[column]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         wanted = f"{column} must be a list of {{role, content}} or of {{from, value}}"
@@ -140,7 +140,7 @@ def _turn(turn: dict[str, Any], index: int, source: str, column: str) -> dict[st
 
 
 def _joined(content: Any) -> str | None:
-    """The text of a turn, also where it is OpenAI's parts, which few templates take; None for what is not all text."""
+    """Return the text of a turn, joining OpenAI's parts, which few templates accept; None if not all of it is text."""
     if content is None:
         return ""  # of a turn that calls a tool; a template would write "None"
     if not isinstance(content, (list, dict)):

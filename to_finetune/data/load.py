@@ -1,4 +1,4 @@
-"""Files and hub sets as rows to train on and rows to hold out."""
+"""Reading files and hub sets into training rows and held-out rows."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ BUILDERS = {
 
 
 class Data(NamedTuple):
-    """What a run is trained and evaluated on.
+    """The data that a run is trained and evaluated on.
 
     Attributes:
         train: rows to train on.
         held_out: rows to evaluate on.
-        form: that of both, of `to_finetune.data.formats`.
-        notes: what was left out, in a sentence each.
+        form: of both, one of those in `to_finetune.data.formats`.
+        notes: what was left out, and other remarks, in a sentence each.
     """
 
     train: Rows
@@ -74,16 +74,16 @@ def load_data(
             of hub sets. A folder has the splits that its files are named after, by Hugging Face's convention.
         split: the split to train on; ``"train[:100]"`` takes a part.
         weights: the share of each set in what is drawn; see `mix`.
-        streaming: read the rows to train on when they are asked for, without end.
+        streaming: read the training rows only when they are needed, and repeat them endlessly.
         config: configuration of the hub sets.
         eval_name: held-out data, named in the same way.
         eval_split: the split to evaluate on.
         val_set_size: rows (or, below 1, the share) of the training data to hold out instead; see `hold_out`.
-        text_column: where plain text is.
-        seed: of what is drawn and shuffled where there are several sets.
+        text_column: the column of plain text.
+        seed: for drawing from several sets, and for shuffling them.
 
     Raises:
-        UsageError: for data that are missing, malformed, empty, in columns that are not known, or do not go together.
+        UsageError: for data that are missing, malformed or empty, have unknown columns, or cannot be combined.
     """
     check_weights(names, weights, streaming)
     if config and all(_is_local(name) for name in (*names, eval_name) if name):
@@ -117,26 +117,26 @@ def load_data(
 
 
 def _is_local(name: str) -> bool:
-    """Whether it names a file, a folder of them, or as a pattern several."""
+    """Whether `name` is a file, a folder or a pattern of files, and not a hub set."""
     return Path(name).suffix.lower() in BUILDERS or has_magic(name) or Path(name).exists()
 
 
 def default_eval_split(name: str) -> str:
-    """The split to evaluate on where none is named: "test" of hub sets and of folders that have it, else "train"."""
+    """Return the default split to evaluate on: "test" for hub sets and for folders that have it, else "train"."""
     if Path(name).is_dir():
-        with suppress(OSError, ValueError):  # which reading it will tell of
+        with suppress(OSError, ValueError):  # reading the folder will report it
             return "test" if "test" in _splits(name) else "train"
     return "train" if _is_local(name) else "test"
 
 
 def _also_in(held_out: Dataset, train: Sequence[Rows]) -> int:
-    """How many of the held-out rows are among those to train on."""
+    """Return how many of the held-out rows are also among the training rows."""
     rows = Counter(map(repr, held_out))
     return sum(rows.pop(repr(row), 0) for part in train for row in part)
 
 
 def _read(source: str, name: str, split: str, config: str | None, streaming: bool) -> Rows:
-    """The rows as they are written, at least one."""
+    """Read the rows as they are written; there must be at least one."""
     if streaming and "[" in split:
         raise UsageError(f"{source}: a stream has no parts such as {split!r}; name a whole split.")
     options: dict[str, Any] = {"split": split, "streaming": streaming}
@@ -148,14 +148,14 @@ def _read(source: str, name: str, split: str, config: str | None, streaming: boo
             if kind == "csv":
                 options |= _as_text(files[0])
             if kind == "text":
-                options["encoding"] = "utf-8-sig"  # without a mark of the byte order
+                options["encoding"] = "utf-8-sig"  # drops a byte order mark
             if Path(name).is_dir():
                 _check_splits(source, name, files)
             else:
                 where, options["data_files"] = (kind, None), [escape(str(file)) for file in files]
         rows = load_dataset(*where, **options)
         if kind == "text":
-            rows = rows.filter(_is_not_blank)  # such lines part paragraphs; as rows they would teach silence
+            rows = rows.filter(_is_not_blank)  # blank lines separate paragraphs; as rows they would teach silence
         if next(iter(rows), None) is None:
             raise UsageError(f"{source} is empty.")
         return _watched(source, rows) if streaming else rows
@@ -164,14 +164,14 @@ def _read(source: str, name: str, split: str, config: str | None, streaming: boo
     except DatasetGenerationError as error:
         reason = error.__cause__ or error
         raise UsageError(f"{source} is malformed: {shorten(str(reason), 400)}") from error
-    except (OSError, ValueError, RuntimeError) as error:  # the last of hub sets that are a script
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a hub set that is a script
         if "corresponds to no data" in str(error):
             raise UsageError(f"{source}: {split!r} is empty.") from error
         raise UsageError(f"{source} cannot be loaded: {shorten(str(error), 400)}") from error
 
 
 def _watched(source: str, rows: IterableDataset) -> IterableDataset:
-    """The same stream, of as many parts, which says what it is where it cannot be read on."""
+    """Return the same stream, of as many shards, whose errors while reading name the source."""
     parts = [rows.shard(rows.num_shards, i) for i in range(rows.num_shards)]
     return IterableDataset.from_generator(
         _read_on, features=rows.features, gen_kwargs={"parts": parts, "source": source}
@@ -187,17 +187,17 @@ def _read_on(parts: Sequence[IterableDataset], source: str) -> Iterator[dict[str
 
 
 def _as_text(file: Path) -> dict[str, Any]:
-    """Options of a CSV file whose cells are text as they stand: 007 and None are no number and no empty cell."""
+    """Return options to read a CSV file's cells as text: 007 is not a number, and None is not an empty cell."""
     with file.open(newline="", encoding="utf-8-sig") as lines:
         rows = csv.reader(lines)
         columns, first = next(rows), next(rows, [])
-        if len(first) > len(columns):  # pandas would drop what is in no column
+        if len(first) > len(columns):  # pandas would drop cells without a column
             for row in chain([first], rows):
                 if any(row[len(columns) :]):
                     raise UsageError(f"{str(file)!r} has {len(columns)} columns, and a row of {len(row)} cells.")
-    names = [column or f"Unnamed: {i}" for i, column in enumerate(columns)]  # as pandas, which reads it, calls them
+    names = [column or f"Unnamed: {i}" for i, column in enumerate(columns)]  # as pandas, which reads it, names them
     features = Features({name: Value("string") for name in names})
-    # Without index_col pandas takes the first column for the rows' names where a row ends in a comma.
+    # Without index_col=False, pandas takes the first column for row names if a row ends in a comma.
     return {"features": features, "keep_default_na": False, "index_col": False}
 
 
@@ -206,7 +206,7 @@ def _is_not_blank(row: dict[str, str]) -> bool:
 
 
 def _existing(source: str, name: str) -> list[Path]:
-    """The file of that name, or those that a pattern finds or a folder holds."""
+    """Return the file called `name`, or the files that a pattern matches or a folder holds."""
     path = Path(name)
     if path.is_dir() or (has_magic(name) and not path.exists()):
         found = _inside(path) if path.is_dir() else map(Path, glob(name, recursive=True))
@@ -225,7 +225,7 @@ def _existing(source: str, name: str) -> list[Path]:
 
 
 def _inside(folder: Path) -> Iterator[Path]:
-    """What a folder holds, but hidden files and those about the data, which `datasets` does not read either."""
+    """Yield the contents of a folder except hidden files and metadata, which `datasets` does not read either."""
     for file in folder.rglob("*"):
         hidden = any(part.startswith((".", "__")) for part in file.relative_to(folder).parts)
         if not hidden and file.name not in FILES_TO_IGNORE:
@@ -233,7 +233,7 @@ def _inside(folder: Path) -> Iterator[Path]:
 
 
 def _check_splits(source: str, folder: str, files: Sequence[Path]) -> None:
-    """Refuse a folder some of whose files `datasets` would drop: beside names such as train and test those without."""
+    """Raise if `datasets` would drop files: if some are named after splits such as train, it ignores the others."""
     splits = _splits(folder)
     used = set(map(os.path.realpath, chain(*splits.values())))
     if dropped := [file for file in files if os.path.realpath(file) not in used]:
@@ -245,12 +245,12 @@ def _check_splits(source: str, folder: str, files: Sequence[Path]) -> None:
 
 
 def _splits(folder: str) -> dict[str, list[str]]:
-    """The files of each split that `datasets` sees in a folder."""
+    """Return the files of each split that `datasets` finds in a folder."""
     return {str(key): list(value) for key, value in load_dataset_builder(folder).config.data_files.items()}
 
 
 def _only_kind(source: str, files: Sequence[Path]) -> str:
-    """The builder of all `files`: of several kinds `datasets` would read the commonest and drop the rest."""
+    """Return the builder of all `files`; of several kinds, `datasets` would read the commonest and drop the rest."""
     endings = sorted({file.suffix.lower() for file in files})
     if unknown := [ending for ending in endings if ending not in BUILDERS]:
         raise UsageError(f"{source} ends in {unknown[0]!r}; read are files that end in {', '.join(BUILDERS)}.")

@@ -1,4 +1,4 @@
-"""Several sets of rows as one, and some rows of each held out."""
+"""Mixing several sets of rows into one, and holding out some rows of each."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from to_finetune.data.formats import Normalized, Rows
 from to_finetune.errors import UsageError
 
 SPLIT_SEED = 42  # the held-out rows are the same for every --seed
-SOURCE = "source of the row"  # a column, for the moment of mixing
+SOURCE = "source of the row"  # a temporary column for mixing
 
 
 def check_weights(names: Sequence[str], weights: Sequence[float] | None, streaming: bool) -> None:
-    """Refuse weights that are no shares of the sets.
+    """Raise unless the weights are shares of the sets.
 
     Raises:
         UsageError: with the weights.
@@ -40,7 +40,7 @@ def check_weights(names: Sequence[str], weights: Sequence[float] | None, streami
 
 
 def same_form(sets: Sequence[Normalized]) -> None:
-    """Refuse sets that TRL would have to prepare in different ways.
+    """Raise if TRL would have to prepare the sets in different ways.
 
     Raises:
         UsageError: naming the form of each.
@@ -51,19 +51,19 @@ def same_form(sets: Sequence[Normalized]) -> None:
 
 
 def mix(sets: Sequence[Rows], weights: Sequence[float] | None, seed: int) -> tuple[Rows, list[int]]:
-    """The sets as one, and with weights how many rows of each are in it.
+    """Return the sets mixed into one, and how many rows of each were drawn (empty unless finite sets have weights).
 
-    Without weights all rows of all sets, shuffled. With weights each next row is drawn from a set with that
-    probability and without a repeat, until the first set is used up: the shares hold, and what is left of the other
-    sets is not in it. Streams begin again at their end, for ever.
+    Without weights, all rows of several sets are shuffled. With weights, each row is drawn, without replacement, from a
+    set chosen with that probability, until the first set is used up: the shares hold, and the remaining rows of the
+    other sets are left out. Streams begin again at their end, endlessly.
 
     Args:
         sets: of one form.
-        weights: from `check_weights`.
-        seed: of the order and the draws.
+        weights: as `check_weights` accepts them.
+        seed: for the order and the draws.
 
     Raises:
-        UsageError: where the columns have different types.
+        UsageError: if the columns have different types.
     """
     try:
         if not isinstance(sets[0], Dataset):
@@ -82,18 +82,18 @@ def mix(sets: Sequence[Rows], weights: Sequence[float] | None, seed: int) -> tup
 
 
 def hold_out(sets: Sequence[Rows], val_set_size: float, weights: Sequence[float] | None) -> tuple[list[Rows], Dataset]:
-    """The sets without the held-out rows, and these.
+    """Split off held-out rows; return the sets without them, and the held-out rows.
 
-    They are drawn from each set in proportion to its length. Of a stream they are the first rows, of several streams
+    They are drawn from each set in proportion to its length. From streams they are the first rows, for several streams
     in proportion to the weights.
 
     Args:
         sets: of one form.
-        val_set_size: rows of all sets together, or, below 1, the share.
-        weights: from `check_weights`.
+        val_set_size: number of rows from all sets together or, below 1, their share.
+        weights: as `check_weights` accepts them.
 
     Raises:
-        UsageError: for a number that is none, or that leaves nothing to train on.
+        UsageError: for an invalid number, or one that leaves nothing to train on.
     """
     if not math.isfinite(val_set_size):
         raise UsageError(f"val_set_size={val_set_size:g} is not valid: a number or a share of the rows.")
@@ -123,13 +123,13 @@ def hold_out(sets: Sequence[Rows], val_set_size: float, weights: Sequence[float]
 
 
 def read_all(rows: Rows) -> Dataset:
-    """All rows, also of a stream: what is evaluated on is read again and again."""
+    """Return all rows, also of a stream, in memory: held-out rows are read again and again."""
     if isinstance(rows, Dataset):
         return rows
     return Dataset.from_list(list(rows), features=rows.features)
 
 
 def _in_proportion(total: int, parts: Sequence[float]) -> list[int]:
-    """`total` in whole numbers as `parts` are to each other, by rounding the running sum: nothing is left over."""
+    """Split `total` into whole numbers in proportion to `parts`; rounding the running sum leaves no remainder."""
     ends = [round(total * part / sum(parts)) for part in accumulate(parts, initial=0)]
     return [end - start for start, end in pairwise(ends)]

@@ -1,4 +1,4 @@
-"""Whether a model keeps examples apart that are packed into one row."""
+"""Whether a model keeps apart the examples that are packed into one row."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 
 from to_finetune.errors import UsageError
 
-LEAK = 0.03  # of the largest logit; another context changes 0.2 and more, the outliers of an 8-bit base up to 0.01
+LEAK = 0.03  # of the largest logit; another context changes it by 0.2 and more, outliers of an 8-bit base by up to 0.01
 
 
 @torch.no_grad()
 def check_packing(model: Any, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
-    """Refuse a model whose second example of a row sees the first: its logits then depend on it.
+    """Raise if the second example of a row sees the first, so that its logits depend on it.
 
-    Most models of `transformers` read the borders from the positions, which begin again at each, and mask or part the
-    attention there; some of every release (OPT's, Mamba's) do not, and say nothing.
+    Most models of `transformers` find the borders by the positions, which restart at each example, and mask or split
+    the attention there; in every release some models (OPT, Mamba) silently do not.
 
     Args:
         model: a causal language model, called twice with eight tokens.

@@ -18,18 +18,18 @@ from to_finetune.data.formats import Rows
 from to_finetune.errors import UsageError
 
 IGNORED = -100  # the label of a token without loss
-FIRST = 200  # so many rows of a stream are looked at
+FIRST = 200  # number of rows of a stream that are looked at
 SEEN, LEARNED, SPECIAL = "dim", "green", "underline"
-MARKS = ("⟦", "⟧")  # around what is learned, where a terminal or a log file has no colours
+MARKS = ("⟦", "⟧")  # around what is learned, if a terminal or a log file has no colours
 
 
 @dataclass
 class Preview:
-    """Prepared rows, drawn: what is only seen dim, what is learned green, special tokens underlined.
+    """Prepared rows for the terminal: learned tokens are green, all others dim, and special ones underlined.
 
     Attributes:
-        rows: by their numbers: `input_ids`, `labels`, and of packed examples `seq_lengths`.
-        tokenizer: that made them.
+        rows: by their numbers, with `input_ids`, `labels`, and for packed examples `seq_lengths`.
+        tokenizer: the one that made them.
     """
 
     rows: dict[int, dict[str, Any]]
@@ -63,7 +63,7 @@ class Preview:
                 text.append(MARKS[0])
             for is_special, tokens in groupby(run, key=lambda pair: pair[0] in special):
                 end += len(list(tokens))
-                # All until here, for a tokenizer such as Llama's drops the space that a text begins with.
+                # Decode from the start: a tokenizer such as Llama's drops the space that a text begins with.
                 whole = str(self.tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
                 style = LEARNED if is_learned else SEEN
                 text.append(whole[len(before) :], f"{style} {SPECIAL}" if is_special else style)
@@ -74,7 +74,7 @@ class Preview:
 
 
 def preview(rows: Rows, tokenizer: PreTrainedTokenizerBase, number: int = 1) -> Preview:
-    """So many prepared rows, spread over the data; of a stream the first ones."""
+    """Return a preview of `number` prepared rows, spread over the data; of a stream, the first ones."""
     if isinstance(rows, Dataset):
         number = min(number, len(rows))
         return Preview({i: rows[i] for i in (part * len(rows) // number for part in range(number))}, tokenizer)
@@ -82,10 +82,10 @@ def preview(rows: Rows, tokenizer: PreTrainedTokenizerBase, number: int = 1) -> 
 
 
 def check_labels(rows: Rows, max_length: int | None, which: str = "") -> None:
-    """Refuse prepared rows without any token to learn, of a stream those that are looked at.
+    """Raise if no prepared row has a token to learn; of a stream, only the first rows are looked at.
 
     Args:
-        which: rows they are, for the error.
+        which: what the rows are called in the error.
 
     Raises:
         UsageError: when there is none.
@@ -99,5 +99,5 @@ def check_labels(rows: Rows, max_length: int | None, which: str = "") -> None:
 
 
 def looked_at(rows: Rows) -> Iterator[dict[str, Any]]:
-    """Every row, of a stream the first `FIRST`."""
+    """Return an iterator over all rows, or over the first `FIRST` of a stream."""
     return iter(rows) if isinstance(rows, Dataset) else islice(rows, FIRST)

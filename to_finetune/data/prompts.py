@@ -1,4 +1,4 @@
-"""How a run's data put a question to the model, so that it is asked in the same way afterwards."""
+"""How a run's data put a question to the model, so that it can be prompted in the same way afterwards."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Message = dict[str, str]  # role, content
 
 
 def prompt_form(row: Mapping[str, Any]) -> PromptForm:
-    """The form of a row that `load_data` gives: Alpaca's headings, a chat template, or the text as it stands."""
+    """Return the form of a row of `load_data`: Alpaca's headings, a chat template, or the text as it stands."""
     if "messages" in row or isinstance(row.get("prompt"), list):
         return "chat"
     return "alpaca" if row.get("prompt", "").startswith(PREAMBLE) else "raw"
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], form: PromptForm) -> list[int]:
-    """The tokens that an answer to the last of `messages` follows, as TRL makes them from a training row.
+    """Return the tokens of the prompt for an answer to the last of `messages`, as TRL makes them from a row.
 
     Only a chat template sees the messages before the last one.
     """
@@ -30,6 +30,6 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
         return encoded["input_ids"]
     question = messages[-1]["content"]
     tokens = tokenizer(alpaca_prompt(question) if form == "alpaca" else question)["input_ids"]
-    if tokens and tokens[-1] == tokenizer.eos_token_id:  # a tokenizer that ends every text: TRL cuts it off as well
+    if tokens and tokens[-1] == tokenizer.eos_token_id:  # which some tokenizers append: TRL cuts it off as well
         tokens.pop()
     return tokens

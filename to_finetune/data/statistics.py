@@ -1,4 +1,4 @@
-"""What prepared rows come to: tokens, what is learned of them, what is cut, and what seems wrong."""
+"""Statistics of prepared rows: how many tokens, how many are learned, what is cut, and what seems wrong."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from to_finetune.data.preview import IGNORED, looked_at
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of rows, as they are before they are cut or packed.
+    """Statistics of rows as they are before they are cut or packed.
 
     Attributes:
         rows: how many.
-        tokens: those within the maximal length, in all.
-        learned: those of them that have a loss.
-        shortest, mean, longest: tokens of a row, whole.
+        tokens: all tokens within the maximal length.
+        learned: tokens within the maximal length that have a loss.
+        shortest, mean, longest: tokens of an uncut row.
         cut: rows that are longer than the maximal length.
-        lost: rows that have a loss only beyond it, or none.
+        lost: rows that have a loss only beyond the maximal length, or none.
         empty: rows that have nothing to learn but their end.
         ended: rows whose last learned token, white space aside, is the EOS token.
         doubled: rows that begin with the BOS token twice, or end in the EOS token twice.
-        last: the last learned token of the first row.
+        last: the last learned token, white space aside, of the first row that has one.
     """
 
     rows: int
@@ -48,13 +48,13 @@ class Statistics:
 def statistics(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None, keeps: str = "start"
 ) -> Statistics:
-    """Look at every row, as `looked_at` says.
+    """Compute the statistics of the rows that `looked_at` gives.
 
     Args:
-        rows: {input_ids, labels}, whole.
-        tokenizer: that made them.
-        max_length: the tokens that are kept of a row.
-        keeps: of a longer row its "start", its "end", or "all" in several pieces.
+        rows: with `input_ids` and `labels`, uncut.
+        tokenizer: the one that made them.
+        max_length: number of tokens of a row that are kept; None for all.
+        keeps: what is kept of a longer row: its "start", its "end", or "all" of it in several pieces.
     """
     kept = {"start": slice(max_length), "end": slice(-max_length if max_length else 0, None), "all": slice(None)}[keeps]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -99,7 +99,7 @@ def statistics(
 
 
 def table(parts: Mapping[str, Statistics]) -> Table:
-    """A line for each part of the data."""
+    """Return a table with a line for each part of the data."""
     columns = ("rows", "tokens", "learned", "shortest", "mean", "longest", "cut")
     shown = Table("", *columns, header_style="bold", box=None, pad_edge=False)
     for column in shown.columns[1:]:
@@ -119,7 +119,7 @@ def table(parts: Mapping[str, Statistics]) -> Table:
 
 
 def notes(name: str, part: Statistics, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> list[str]:
-    """What should be known about the rows before they are trained on, in a sentence each."""
+    """Return a sentence on each likely problem of the rows, to be read before they are trained on."""
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     of = f"of {part.rows:,} {name} rows"
     end = tokenizer.decode([part.last]) if part.last is not None else ""

@@ -1,4 +1,4 @@
-"""The chat template that conversations are written with, and whether it says which tokens are the assistant's."""
+"""The chat template that conversations are written with, and whether it marks the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from to_finetune.errors import UsageError, did_you_mean
 
 
 def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> str:
-    """Give the tokenizer the template that `path` names; without one, Alpaca's headings if it has none.
+    """Set the tokenizer's template to that of `path`; without a path, to Alpaca's headings if it has none.
 
-    TRL would also take over the tokens of another tokenizer and pad the embeddings, which a run that trains a part
-    would neither train nor save.
+    TRL would also take over the tokens of another tokenizer and pad the embeddings, which a partly frozen run would
+    neither train nor save.
 
     Args:
         tokenizer: changed in place.
         path: a .jinja or .j2 file, or a tokenizer (a folder or a hub name) that has a template.
 
     Returns:
-        The EOS token that goes with it.
+        The EOS token that goes with the template.
 
     Raises:
         UsageError: when there is no template, or its tokenizer has tokens that this one lacks.
@@ -57,9 +57,9 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> s
 
 
 def check_marked(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a template without the marks that the loss on the assistant's turns alone needs.
+    """Raise if the template lacks the markers that a loss on only the assistant's turns needs.
 
-    TRL has a marked twin of many models' templates and takes it by itself.
+    For the templates of many models TRL has a version with markers, and uses it by itself.
 
     Raises:
         UsageError: with what to do.

@@ -1,4 +1,4 @@
-"""The model: loading the base, choosing, saving and merging what trains, asking and describing the result."""
+"""The model: loading the base; choosing, saving and merging what trains; prompting and describing the result."""
 
 from to_finetune.model.load import load_finetuned, load_model, load_tokenizer
 from to_finetune.model.subset import select_trainable

@@ -18,10 +18,10 @@ ALL_LINEAR = "all-linear"
 
 
 def lora_config(r: int, alpha: int, dropout: float, target_modules: Sequence[str] | None) -> LoraConfig:
-    """The settings of new adapters.
+    """Return the configuration of new adapters.
 
     Args:
-        target_modules: the ends of the names of modules that get one, or ["all-linear"]; None for peft's choice.
+        target_modules: name endings of the modules that get an adapter, or ["all-linear"]; None for peft's choice.
 
     Raises:
         UsageError: for values out of range.
@@ -43,10 +43,10 @@ def lora_config(r: int, alpha: int, dropout: float, target_modules: Sequence[str
 
 
 def with_adapters(model: Any, config: PeftConfig) -> PeftModel:
-    """Freeze `model` and put adapters into it, which are float32 whatever the base is.
+    """Freeze `model` and add adapters to it, in float32 whatever the dtype of the base.
 
     Raises:
-        UsageError: where a target is no module of the model, or none that can have an adapter.
+        UsageError: if a target is not a module of the model, or not one that can have an adapter.
     """
     targets = config.target_modules
     if targets is not None and not isinstance(targets, str):
@@ -55,14 +55,14 @@ def with_adapters(model: Any, config: PeftConfig) -> PeftModel:
         config.revision = getattr(model.config, "_commit_hash", None)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)  # peft asks transformers by an older name
+            warnings.filterwarnings("ignore", category=FutureWarning)  # peft uses an older name in transformers
             return get_peft_model(model, config)
     except ValueError as error:
         raise UsageError(f"lora_target_modules: {shorten(str(error), 400)}") from error
 
 
 def adapter_subset(model: PeftModel) -> Subset:
-    """What trains: one row a type of module that has an adapter."""
+    """Return the trained subset, with one match per type of module that has an adapter."""
     config = model.active_peft_config
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     by_module: dict[str, list[int]] = {}
@@ -79,7 +79,7 @@ def adapter_subset(model: PeftModel) -> Subset:
 
 
 def _check_targets(model: nn.Module, targets: Sequence[str]) -> None:
-    """Of several, peft leaves out those that match nothing, without a word."""
+    """Raise if a target matches no module: of several targets, peft silently leaves out such ones."""
     able = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding, Conv1D))]
     kinds = {name.rpartition(".")[2] for name in able}
     for target in targets:

@@ -1,4 +1,4 @@
-"""The model card of a run: what was trained from what, on what, how, and how to load it."""
+"""The model card of a run: its base, its data, how it was trained, and how to load it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from to_finetune.model.run import FinetunedRun
 from to_finetune.pages import template
 from to_finetune.runs import what_trains
 
-LOSSES = {  # in run.json -> the row of the card
+LOSSES = {  # key in run.json -> row of the card
     "eval_loss": "held out",
     "train_loss_mean": "training, mean over the run",
     "train_loss_first_fifth": "training, mean over its first fifth",
@@ -26,12 +26,12 @@ LOSSES = {  # in run.json -> the row of the card
 def model_card(
     run: FinetunedRun, results: Mapping[str, Any], repo_id: str, merged: bool = False, picture: bool = False
 ) -> ModelCard:
-    """The card, with the bare names of local files and folders in place of their paths.
+    """Return the card, with the bare names of local files and folders in place of their paths.
 
     Args:
-        results: as run.json has them.
-        repo_id: the repository that it stands in.
-        merged: whether that holds the whole model instead of the trained part.
+        results: as in run.json.
+        repo_id: the repository of the card.
+        merged: whether the repository holds the whole model instead of the trained part.
         picture: whether it holds a loss.png.
     """
     names = [str(run.config.get("model_name_or_path", "another model")), *as_list(run.config.get("dataset_name", []))]
@@ -78,23 +78,23 @@ def model_card(
 
 
 def public_recipe(config: Mapping[str, Any]) -> str:
-    """config.yaml, without paths; nothing for none."""
+    """Return the text of config.yaml without local paths; empty for an empty config."""
     return yaml.safe_dump(without_paths(config), sort_keys=False, allow_unicode=True) if config else ""
 
 
 def without_paths(value: Any) -> Any:
-    """`value` with the bare name for each string in it, at any depth, that is a path on this computer."""
+    """Return `value` with every string that is a path on this computer, at any depth, replaced by its bare name."""
     if isinstance(value, dict):
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_paths(item) for item in value]
     if isinstance(value, str) and is_local(value):
-        return PureWindowsPath(value).name or value  # it knows both kinds of slash
+        return PureWindowsPath(value).name or value  # it handles both kinds of slash
     return value
 
 
 def is_local(name: str) -> bool:
-    """Whether `name` is a path here, absolute or to something that is there, and not a name on the hub."""
+    """Whether `name` is a path here, by its form or because it exists, and not a name on the hub."""
     if name.startswith(("/", "~", "./", "../", "file:", "\\\\")) or re.match(r"[A-Za-z]:[\\/]", name):
         return True
     return ("/" in name or "\\" in name) and len(name) < 1000 and Path(name).exists()

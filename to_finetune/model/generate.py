@@ -1,4 +1,4 @@
-"""Answers of a model, token by token, and a conversation with it."""
+"""Generating a model's answers, token by token, to a prompt or in a conversation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Write = Callable[[str], None]  # takes an answer's text, piece by piece
 
 @dataclass
 class Decoding:
-    """How an answer is drawn.
+    """How an answer is decoded.
 
     Raises:
         UsageError: for values that are not valid.
@@ -25,8 +25,8 @@ class Decoding:
 
     max_new_tokens: int = 256
     temperature: float = 0.0  # 0: the most likely token each time
-    top_p: float | None = None  # None: as the model's generation_config.json has it
-    seed: int | None = None  # set before each answer, so that it does not depend on those before
+    top_p: float | None = None  # None: as in the model's generation_config.json
+    seed: int | None = None  # set before each answer, so that none depends on earlier ones
 
     def __post_init__(self) -> None:
         at_least_one(max_new_tokens=self.max_new_tokens)
@@ -41,7 +41,7 @@ class Decoding:
 
 
 class Answer(NamedTuple):
-    """What the model said."""
+    """A model's answer."""
 
     text: str
     tokens: int
@@ -56,10 +56,10 @@ def answer(
     decoding: Decoding,
     write: Write | None = None,
 ) -> Answer:
-    """Answer the last of `messages`, until the end of the sequence, `max_new_tokens` or the model's context.
+    """Answer the last of `messages`, up to an end token, `max_new_tokens` or the end of the model's context.
 
     Args:
-        write: gets the text as it comes. Ctrl-C while it does ends the answer there.
+        write: called with the text as it is generated. Ctrl-C meanwhile ends the answer there.
 
     Raises:
         UsageError: for a prompt that is empty or leaves no room in the context.
@@ -104,14 +104,14 @@ def answer(
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the one that training taught, and the model's own."""
+    """Return the tokens that end an answer: the one that training taught, and the model's own."""
     own = model.generation_config.eos_token_id
     own = [] if own is None else own if isinstance(own, list) else [own]
     return sorted({tokenizer.eos_token_id, *own})
 
 
 def context_length(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The most tokens that the model has learned to see at once, the prompt's and the answer's together."""
+    """Return the length of the model's context in tokens, for the prompt and the answer together."""
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return length or tokenizer.model_max_length
 
@@ -123,9 +123,9 @@ def fitting(
     form: PromptForm,
     decoding: Decoding,
 ) -> list[Message]:
-    """`messages` without the oldest questions and answers that leave no room for another answer, the last one kept.
+    """Drop the oldest questions and answers of `messages` until another answer fits; the last message is kept.
 
-    The room is `max_new_tokens`, and at most half of the context.
+    An answer needs `max_new_tokens`, but at most half of the context.
     """
     context = context_length(model, tokenizer)
     room = min(decoding.max_new_tokens, context // 2)
@@ -136,7 +136,7 @@ def fitting(
 
 
 class _Stream(TextStreamer):
-    """Hands on the text of whole words as it comes, and keeps the tokens."""
+    """Passes on the text word by word as it is generated, and keeps the tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Write) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,4 +1,4 @@
-"""The base model and its tokenizer, and a fine-tuned model in one call."""
+"""Loading the base model and its tokenizer, and a fine-tuned model in one call."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def load_model(
     trust_remote_code: bool = False,
     quantization_config: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
-    """A causal language model, from a folder or the hub.
+    """Load a causal language model from a folder or the hub.
 
     Args:
-        dtype: of the weights; "auto" for the one that they are stored in.
-        quantization_config: of `quantize_frozen`; None to load the weights as they are.
+        dtype: of the weights; "auto" for the dtype that they are stored in.
+        quantization_config: from `quantize_frozen`; None to load the weights as they are.
 
     Raises:
-        UsageError: when there is no such model, or it cannot have that attention or those bits, in one sentence.
+        UsageError: in one sentence, when there is no such model, or it does not support the attention or the bits.
     """
     check_folder(model_name_or_path)
-    # None would stand before what a base that is stored quantised says of itself.
+    # An explicit None would override the configuration of a base that is stored quantised.
     quantized = {} if quantization_config is None else {"quantization_config": quantization_config}
     with _in_one_sentence(model_name_or_path, attn_implementation):
         model = AutoModelForCausalLM.from_pretrained(
@@ -70,7 +70,7 @@ def load_model(
 def load_tokenizer(
     model_name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, alone.
+    """Load only the tokenizer of a model.
 
     Raises:
         UsageError: when there is none, or it has no end-of-sequence token.
@@ -88,7 +88,7 @@ def load_tokenizer(
 def load_config(
     model_name_or_path: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> PretrainedConfig:
-    """A model's configuration: of a hub name, a folder with a config.json, or such a file.
+    """Load a model's configuration from a hub name, a folder with a config.json, or such a file.
 
     Raises:
         UsageError: when there is none.
@@ -105,7 +105,7 @@ def without_weights(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The model on the meta device: its names and shapes, in no time and no memory.
+    """Return the model on the meta device: its names and shapes, without reading or allocating weights.
 
     Raises:
         UsageError: as `load_model`.
@@ -121,17 +121,18 @@ def load_finetuned(
     quantization: Quantization | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The fine-tuned model of a run or of one of its checkpoints: the base, with the trained part on it.
+    """Load the fine-tuned model of a run or of one of its checkpoints: the base with the trained part.
 
     Args:
-        dtype: of the weights, the trained ones too, but that adapters are float32; "auto" for the base's own.
-        quantization: of what did not train; None for none, also where the run had one.
+        dtype: of the weights, including the trained ones; "auto" for the base's own. Adapters are always float32.
+        quantization: of the weights that did not train; None for none, even if the run had one.
 
     Returns:
-        The base's class, of a run with adapters peft's `PeftModel` around it; and the run's tokenizer.
+        The model, of the base's class or, for a run with adapters, wrapped in peft's `PeftModel`; and the run's
+        tokenizer.
 
     Raises:
-        UsageError: when the folder holds no trained weights, or the base is not there.
+        UsageError: when the folder holds no trained weights, or the base does not exist.
     """
     model, tokenizer = load_base(folder, dtype, quantization, trust_remote_code)
     load_trained(model, folder)
@@ -144,7 +145,7 @@ def load_base(
     quantization: Quantization | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
-    """What `load_finetuned` loads, before the trained part is put on it: adapters are as new and do nothing."""
+    """Load what `load_finetuned` does, but without the trained part: adapters are new and have no effect."""
     tensors, base = read_trained(folder)
     quantization_config = None
     if quantization is not None:
@@ -162,13 +163,13 @@ def load_base(
     if holds_adapters(folder):
         model = with_adapters(model, adapter_config(folder))
     if is_own:
-        align_special_tokens(model, tokenizer)  # a run may have taught another end
+        align_special_tokens(model, tokenizer)  # the run may have taught another EOS token
     return model, tokenizer
 
 
 @contextmanager
 def _in_one_sentence(name: str, attn_implementation: str | None) -> Iterator[None]:
-    """Turn what Hugging Face raises while it loads the model into a `UsageError`."""
+    """Convert an error of Hugging Face's while loading a model to a `UsageError` of one sentence."""
     try:
         yield
     except (OSError, ValueError, TypeError, ImportError, SafetensorError) as error:
@@ -182,7 +183,7 @@ def _in_one_sentence(name: str, attn_implementation: str | None) -> Iterator[Non
 
 
 def check_folder(name: str) -> None:
-    """Refuse a path that holds no model, before Hugging Face takes it for a name on the hub."""
+    """Raise if a path holds no model, before Hugging Face takes it for a name on the hub."""
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -1,4 +1,4 @@
-"""A run's trained part and its base as one ordinary model, which was read again before it got its name."""
+"""Merging a run's trained part and its base into one ordinary model, which is verified before it gets its name."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ TOKENS = 64  # whose logits are compared
 
 
 class Merged(NamedTuple):
-    """What was written, and what was compared."""
+    """The written model, and what was compared to verify it."""
 
     folder: Path
     base: Base
-    quantized: str | None  # "4bit" or "8bit" where the run had its base so; it is merged in full precision
+    quantized: str | None  # "4bit" or "8bit" if the run's base was quantised; it is merged in full precision
     trained: int  # tensors
     trained_dtype: torch.dtype  # as the run saved them
-    dtype: torch.dtype  # as they and the base are written
+    dtype: torch.dtype  # of the written model
     bytes: int
-    logits: int  # that the written model gives bit for bit as the one in memory
-    adapter_difference: float | None  # of adapters: the largest difference that merging made, by the largest logit
+    logits: int  # compared: the written model gives them bit for bit as the one in memory
+    adapter_difference: float | None  # of adapters: largest change of a logit, relative to the largest
 
 
 def merge(
@@ -43,20 +43,21 @@ def merge(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Merged:
-    """Write the base of `run`, with what it has trained, to `output_dir`, as `from_pretrained` reads it.
+    """Write the base of `run`, with its trained part, to `output_dir`, in the format of `from_pretrained`.
 
-    Takes the base's memory in `dtype` and the trained part's, once: the model that is written is gone before the
-    written one is read. Merged adapters are added in float32 and rounded once.
+    Needs the memory of the base in `dtype` and of the trained part only once: the model is freed before the written one
+    is read back. Adapters are added in float32 and rounded once.
 
     Args:
         run: a run's folder, one of its checkpoints, or any folder with peft's adapters.
-        output_dir: must not be there, or be empty.
-        dtype: None for that which the base is stored in.
+        output_dir: must not exist, or be empty.
+        dtype: None for the dtype that the base is stored in.
 
     Raises:
-        UsageError: for a run that has no trained part or trained everything, a base that is not there or is itself
-            quantised, and an `output_dir` that holds something.
-        RunError: when the written model gives other logits than the one in memory; nothing is left.
+        UsageError: for a run that has no trained part or trained everything, a base that does not exist or is itself
+            quantised, and an `output_dir` that is not empty.
+        RunError: when merging adapters changes the logits too much, or the written model gives other logits than the
+            one in memory; nothing is left behind.
     """
     folder, output = Path(run), Path(output_dir).resolve()
     found = find_run(str(run))
@@ -113,7 +114,7 @@ def merge(
 
 @torch.inference_mode()
 def _logits(model: Any) -> Tensor:
-    """Of `TOKENS` tokens from all over the vocabulary, (TOKENS, vocabulary), float32."""
+    """Return the logits of `TOKENS` tokens from all over the vocabulary, (TOKENS, vocabulary), float32."""
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.arange(TOKENS)[None] * vocabulary // TOKENS
     return model.eval()(tokens.to(model.device), use_cache=False).logits[0].float()
@@ -121,9 +122,9 @@ def _logits(model: Any) -> Tensor:
 
 @contextmanager
 def _new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside to write to, renamed at the end; gone again where that is not reached."""
+    """Yield a temporary folder beside `path`, and rename it to `path` at the end; on an error it is removed."""
     partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a merge that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a merge that was killed
     partial.mkdir(parents=True)
     try:
         yield partial

@@ -1,4 +1,4 @@
-"""A model opened to be asked: a run's, with its base in the same memory, or an ordinary one."""
+"""A model ready for prompts: a run's, with its base in the same memory, or an ordinary one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from to_finetune.model.trained import load_trained, read_trained
 
 
 class OpenModel:
-    """A model, its tokenizer, how it is asked, and the weights in which its base differs."""
+    """A model, its tokenizer, the form of its prompts, and the weights in which its base differs."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class OpenModel:
 
     @contextmanager
     def as_base(self) -> Iterator[None]:
-        """Within it the model is its base. Exchanges the tensors themselves, so that nothing is copied or rounded."""
+        """Make the model its base within the context. Swaps the tensors themselves: nothing is copied or rounded."""
         if hasattr(self.model, "disable_adapter"):
             with self.model.disable_adapter():
                 yield
@@ -52,10 +52,10 @@ class OpenModel:
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """The device of that name, or the GPU where there is one.
+    """Return the device called `name`; by default the GPU if there is one, else the CPU.
 
     Raises:
-        UsageError: for a device that is not there.
+        UsageError: for a device that is not available.
     """
     there = torch.accelerator.current_accelerator(check_available=True)
     if name is None:
@@ -77,12 +77,12 @@ def open_model(
     with_base: bool = False,
     form: PromptForm | None = None,
 ) -> OpenModel:
-    """The model of a run's folder, of a checkpoint, or of any other folder or hub name, ready to be asked.
+    """Load the model of a run's folder, of a checkpoint, or of any other folder or hub name, ready for prompts.
 
     Args:
         dtype: None for bfloat16 on a GPU that has it, else float32.
         with_base: also keep the base's values of the weights that were trained, for `OpenModel.as_base`.
-        form: None for the one that the run's data had; else the chat template's, where there is one.
+        form: None for that of the run's data or, if not known, "chat" with a chat template, else "raw".
 
     Raises:
         UsageError: when there is no such model, or no base where one is needed.
@@ -106,7 +106,7 @@ def open_model(
             base_tensors = {name: p.detach().clone() for name, p in model.named_parameters() if name in trained}
         load_trained(model, run.folder)
     model.eval()
-    if run is None or run.quantization is None:  # else it is where it was quantised
+    if run is None or run.quantization is None:  # a quantised model stays where it was quantised
         model.to(device)
     if form == "chat" and not tokenizer.chat_template:
         raise UsageError(f"template='chat': the tokenizer of {name!r} has no chat template.")

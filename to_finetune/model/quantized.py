@@ -1,4 +1,4 @@
-"""A frozen base in 8 or 4 bits (bitsandbytes), of which the part that trains stays in its own dtype."""
+"""A frozen base in 8 or 4 bits (bitsandbytes); the part that trains stays in its own dtype."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ Quantization = Literal["8bit", "4bit"]
 def quantize_frozen(
     quantization: Quantization, model: PreTrainedModel, compute_dtype: torch.dtype
 ) -> BitsAndBytesConfig:
-    """Quantise the linear layers, but those of which a weight or a bias trains, and the output head; 4 bits are nf4.
+    """Return a configuration that quantises the linear layers; 4 bits are nf4.
+
+    The output head and layers whose weight or bias trains are not quantised.
 
     Args:
-        model: with its trained parameters chosen; its weights are not looked at and may be on the meta device.
-        compute_dtype: that the 4-bit layers compute in; LLM.int8() computes in its input's.
+        model: with its trained parameters chosen; its weights are not read and may be on the meta device.
+        compute_dtype: of the 4-bit layers; LLM.int8() computes in its input's dtype.
 
     Raises:
         UsageError: without bitsandbytes.
@@ -41,16 +43,16 @@ def quantize_frozen(
         load_in_4bit=quantization == "4bit",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=compute_dtype,
-        # Taken as regular expressions from a name's start and as words at its end: anchored, each finds one module.
+        # Matched as regular expressions at a name's start and as plain suffixes: anchored, each finds one module.
         llm_int8_skip_modules=[f"^{re.escape(name)}$" for name in kept],
     )
 
 
 def check_reading(model: nn.Module) -> None:
-    """Refuse what bitsandbytes misreads: 0.50 does on CPUs with AVX-512, in 4 bits, rows of 16, 32 or 48 mod 64.
+    """Raise if bitsandbytes misreads a matrix, as 0.50 does 4-bit rows of 16, 32 or 48 mod 64 on AVX-512 CPUs.
 
     Raises:
-        UsageError: with the name of a matrix.
+        UsageError: naming the matrix.
     """
     for name, module in model.named_modules():
         in_4_bits = is_quantized_linear(module) and hasattr(module.weight, "quant_state")
@@ -63,7 +65,7 @@ def check_reading(model: nn.Module) -> None:
 
 @cache
 def _reads_rows_of(columns: int) -> bool:
-    """Whether rows of a 4-bit matrix are read on the CPU as the same codes are in one long row."""
+    """Whether the CPU reads the rows of a 4-bit matrix as it reads the same codes in one long row."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     weight = torch.randn(64, columns, generator=torch.Generator().manual_seed(0))
@@ -72,13 +74,11 @@ def _reads_rows_of(columns: int) -> bool:
 
 
 def keep_bits_still(model: Any) -> None:
-    """Make a quantised model one that a Trainer takes, and whose frozen weights no forward pass rewrites."""
-    model.is_quantized = (
-        False  # says the Trainer's check; what trains is not quantised, `select_trainable` sees to that
-    )
+    """Make a Trainer accept a quantised model, and keep forward passes from rewriting its frozen weights."""
+    model.is_quantized = False  # for the Trainer's check; `select_trainable` ensures that what trains is not quantised
     compute_dtype = getattr(model.config.quantization_config, "bnb_4bit_compute_dtype", None)
     for module in model.modules():
-        # For an evaluation on some CPUs it would pack the weights anew, and then they let no gradient through.
+        # On some CPUs it would repack the weights for an evaluation, and they would then pass no gradient on.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
         if compute_dtype and is_quantized_linear(module) and module.bias is not None:

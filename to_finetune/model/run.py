@@ -1,4 +1,4 @@
-"""What a run's folder, or one of its checkpoints, holds: the trained part, the recipe and the record."""
+"""The contents of a run's folder, or of one of its checkpoints: the trained part, the recipe and the record."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from to_finetune.model.quantized import Quantization
 from to_finetune.model.trained import TRAINED_WEIGHTS_NAME
 from to_finetune.runs import CHECKPOINT, CONFIG, RECORD, STATE, mapping, read
 
-# What was trained -> the file that says so, the first that is there.
+# What was trained -> the file that shows it; the first file found decides.
 PARTS = {"subset": TRAINED_WEIGHTS_NAME, "adapter": "adapter_config.json", "whole": "config.json"}
 
 
 class FinetunedRun(NamedTuple):
-    """A run on disk. Without finetune.py's files, as a Trainer of one's own leaves it, the last three are empty."""
+    """A run on disk. Each of the last three is empty if its file is missing, as after a Trainer of one's own."""
 
     folder: Path  # where the weights are
     part: Literal["subset", "adapter", "whole"]
@@ -25,17 +25,17 @@ class FinetunedRun(NamedTuple):
 
     @property
     def base(self) -> str | None:
-        """The model that it began from, where config.yaml says so."""
+        """The model that the run began from, if config.yaml names it."""
         return self.config.get("model_name_or_path")
 
     @property
     def quantization(self) -> Quantization | None:
-        """Of what did not train."""
+        """The quantisation of the weights that did not train, or None."""
         return "4bit" if self.config.get("load_in_4bit") else "8bit" if self.config.get("load_in_8bit") else None
 
 
 def find_run(name: str) -> FinetunedRun | None:
-    """The run that `name` is the folder of, or a checkpoint's; None for any other model.
+    """Return the run whose folder or checkpoint is `name`; None for any other model.
 
     Raises:
         UsageError: for a run that has not saved its weights yet, and a record that is damaged.

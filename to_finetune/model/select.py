@@ -1,6 +1,7 @@
-"""Ways to say which weights train, beside one's own regular expressions: all end in the patterns of `select_trainable`.
+"""Ways to choose which weights train; all of them result in patterns for `select_trainable`.
 
-The last layers, modules by name, or a file in the form of Spectrum and axolotl.
+In addition to one's own regular expressions: the last layers, modules by name, or a file in the format of Spectrum and
+axolotl.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from to_finetune.layers import layer_list, layer_of, module_names, module_of
 def chosen_patterns(
     sizes: Mapping[str, int], parameters: Sequence[str] | None, last: int | None, types: Sequence[str] | None
 ) -> list[str] | None:
-    """The patterns of `select_trainable` for the three flags that say what trains; None where none of them does.
+    """Return the patterns for `select_trainable` from the three flags that say what trains; None if none is given.
 
     Args:
         sizes: the number of weights of each of the model's parameters, by name.
@@ -30,8 +31,7 @@ def chosen_patterns(
         types: `unfrozen_modules`, as in `modules`.
 
     Raises:
-        UsageError: for regular expressions beside the others, and for what `read_yaml`, `last_layers` and `modules`
-            refuse.
+        UsageError: for regular expressions together with another flag, and as `read_yaml`, `last_layers` and `modules`.
     """
     if parameters is not None and (last is not None or types is not None):
         other = "unfrozen_last_layers" if last is not None else "unfrozen_modules"
@@ -44,7 +44,7 @@ def chosen_patterns(
 
 
 def listed(words: Sequence[str]) -> list[str]:
-    """The regular expressions of `unfrozen_parameters`, with those that a YAML file lists in the place of its name.
+    """Return the regular expressions of `unfrozen_parameters`; the name of a YAML file is replaced by its list.
 
     Raises:
         UsageError: as `read_yaml`.
@@ -53,7 +53,7 @@ def listed(words: Sequence[str]) -> list[str]:
 
 
 def last_layers(sizes: Mapping[str, int], n: int) -> list[str]:
-    """The pattern of all weights of the last `n` decoder layers.
+    """Return the pattern of all weights of the last `n` decoder layers.
 
     Args:
         sizes: the number of weights of each of the model's parameters, by name.
@@ -68,16 +68,17 @@ def last_layers(sizes: Mapping[str, int], n: int) -> list[str]:
 
 
 def modules(sizes: Mapping[str, int], types: Sequence[str], last: int | None = None) -> list[str]:
-    """One pattern for each of `types`: a module's name as it stands in the model, such as q_proj, mlp.up_proj or mlp.
+    """Return one pattern for each of `types`, which are names of modules, such as q_proj, mlp.up_proj or mlp.
 
-    A name that the decoder's layers have means those; any other one a module outside of them, such as lm_head.
+    A name that occurs within the decoder's layers selects modules there only; any other name selects a module outside
+    of them, such as lm_head.
 
     Args:
         sizes: the number of weights of each of the model's parameters, by name.
         last: only in the last so many decoder layers.
 
     Raises:
-        UsageError: for a name that the model (or its last layers) does not have, and for what `last_layers` refuses.
+        UsageError: for a name that the model (or its last layers) does not have, and as `last_layers`.
     """
     if not types:
         raise UsageError("No module types are given, so nothing would train.")
@@ -102,10 +103,10 @@ def modules(sizes: Mapping[str, int], types: Sequence[str], last: int | None = N
 
 
 def read_yaml(path: str | os.PathLike[str]) -> list[str]:
-    """The patterns under ``unfrozen_parameters`` in a file that Spectrum, `write_yaml` or a user of axolotl wrote.
+    """Return the patterns under ``unfrozen_parameters`` in a file from Spectrum, `write_yaml` or an axolotl user.
 
     Raises:
-        UsageError: for a file that cannot be read, is no YAML, or has no list of patterns there.
+        UsageError: for a file that cannot be read, is not valid YAML, or has no list of patterns under that key.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -127,15 +128,15 @@ def read_yaml(path: str | os.PathLike[str]) -> list[str]:
 
 
 def write_names(path: str | os.PathLike[str], names: Sequence[str], about: str) -> None:
-    """Write a subset by the names of its parameters in the same form, below the comment `about`.
+    """Write the names of a subset's parameters in the same format, below the comment `about`.
 
-    axolotl takes a dot in a pattern for itself, and a backslash before one for a backslash.
+    axolotl takes a dot in a pattern literally, and a backslash before it as well.
     """
     write_lines(path, [f"# {about}", "unfrozen_parameters:", *(f"- ^{name}$" for name in names)])
 
 
 def write_lines(path: str | os.PathLike[str], lines: Sequence[str]) -> None:
-    """Write a file whole, in a folder that is made if it is not there."""
+    """Write a file atomically, creating its folder if needed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, "\n".join(lines) + "\n")

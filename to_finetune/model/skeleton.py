@@ -12,7 +12,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 
 def skeleton_of(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-    """The causal language model of `config` on the meta device: its names and shapes, in no time and no memory.
+    """Return the causal language model of `config` on the meta device: its names and shapes, without weights.
 
     Args:
         options: of `AutoModelForCausalLM.from_config`.
@@ -26,7 +26,7 @@ def skeleton_of(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
 
 @contextmanager
 def without_zero3() -> Iterator[None]:
-    """Where DeepSpeed shares out the weights of models that are made, not those of one without weights."""
+    """Keep DeepSpeed's ZeRO-3 from sharding a model that is created within the context, as it has no weights."""
     live = hf_deepspeed._hf_deepspeed_config_weak_ref
     try:
         hf_deepspeed._hf_deepspeed_config_weak_ref = None

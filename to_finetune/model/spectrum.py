@@ -1,4 +1,4 @@
-"""The matrices of the best signal-to-noise ratio, as Hartford et al. define and choose them.
+"""The weight matrices with the best signal-to-noise ratio, as Hartford et al. define and choose them.
 
 "Spectrum: Targeted Training on Signal to Noise Ratio", arXiv 2406.06623.
 """
@@ -37,17 +37,17 @@ class ScoredTensor(NamedTuple):
 
 
 def signal_to_noise(weight: Tensor) -> float:
-    """Spectrum's ratio for an (n, m) matrix, from its singular values alone.
+    """Return Spectrum's signal-to-noise ratio of an (n, m) matrix, from its singular values alone.
 
     ::
 
         sigma     = interquartile range of the singular values / 1.349
-        threshold = sigma * (1 + sqrt(min(n, m) / max(n, m)))        the edge of Marchenko and Pastur's noise
-        ratio     = (sum of those above / sum of the others) / the largest
+        threshold = sigma * (1 + sqrt(min(n, m) / max(n, m)))        the Marchenko-Pastur edge of noise
+        ratio     = (sum of values above / sum of the others) / largest value
 
-    It orders matrices of one kind; by itself it means little. The division by the largest makes it inverse to the scale
-    of the weights, and a few strong directions in noise score lower than the noise alone. Infinite where nothing is
-    below the threshold, 0 for a matrix of zeros.
+    It ranks matrices of one type; by itself it means little. The division by the largest value makes it inversely
+    proportional to the scale of the weights, and a few strong directions in noise score lower than the noise alone. It
+    is infinite if no value is below the threshold, and 0 for a matrix of zeros.
     """
     wide = weight.double()
     if wide.shape[0] > wide.shape[1]:
@@ -70,29 +70,29 @@ def select_by_snr(
     progress: Progress | None = None,
     device: torch.device | str = "cpu",
 ) -> list[ScoredTensor]:
-    """Score the weight matrices of a model and choose the best `share` of each module type (rounded down, as Spectrum).
+    """Score a model's weight matrices and choose the best `share` of each module type (rounded down, as in Spectrum).
 
-    One matrix is in memory at a time, so that a 7B model needs no more than a small one. Vectors (norms, biases) and
-    experts that are stacked into one tensor are no matrices and are not chosen.
+    Only one matrix is in memory at a time, so that a 7B model needs no more than a small one. Vectors (norms, biases)
+    and experts that are stacked into one tensor are not matrices and are not chosen.
 
     Args:
-        model_folder: with config.json and safetensors files, or the name of a model that the hub's cache holds.
+        model_folder: with config.json and safetensors files, or the name of a model in the hub's cache.
         share: of the matrices of a type: above 0, at most 1.
-        types: modules to look at, as in `modules`; None for all within the decoder layers.
+        types: modules to score, as in `modules`; None for all within the decoder layers.
         progress: called after each matrix.
         device: where the singular values are computed; needs float64.
 
     Returns:
-        All matrices that were scored, type by type in the model's order, the best first.
+        All scored matrices, by type in the model's order, and within a type the best first.
 
     Raises:
         UsageError: for a share out of range or so small that it chooses nothing, an unknown type, and a folder that
-            is no model, lacks weights, or has them quantised or not finite.
+            is not a model, lacks weights, or holds quantised or non-finite ones.
     """
     if not 0 < share <= 1:
         raise UsageError(f"share={share} is not valid: above 0 and at most 1, for example 0.25 for a quarter.")
     folder = _local_folder(model_folder)
-    model = without_weights(str(folder))  # the names that training will see, which the files may call otherwise
+    model = without_weights(str(folder))  # the names that training will see; those in the files may differ
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.ndim == 2 and min(p.shape) > 1}
     prefix, _ = layer_list(sizes)
     if types is None:
@@ -126,10 +126,10 @@ def select_by_snr(
 
 
 def write_yaml(path: str | os.PathLike[str], scored: Sequence[ScoredTensor], share: float) -> None:
-    """Write the chosen of `scored` in Spectrum's form, which axolotl reads as well.
+    """Write the chosen matrices of `scored` in Spectrum's format, which axolotl reads as well.
 
-    Each line is anchored, as Spectrum's own for the head and the embedding, and so finds this one tensor; those two,
-    which Spectrum always adds, are there only if they were scored and chosen.
+    Each pattern is anchored, as Spectrum's own for the head and the embedding are, and so matches one tensor. Those
+    two, which Spectrum always adds, are included only if they were scored and chosen.
     """
     lines = [
         f"# The top {100 * share:.4g} % of each module type by signal-to-noise ratio (Spectrum, arXiv 2406.06623);",
@@ -147,7 +147,7 @@ def _share_of(count: int, share: float) -> int:
 
 
 def _local_folder(name: str | os.PathLike[str]) -> Path:
-    """A folder as it is, a hub name as the folder of its snapshot in the cache."""
+    """Return a folder as it is, and for a hub name the folder of its snapshot in the cache."""
     if Path(name).is_dir():
         return Path(name)
     try:
@@ -159,7 +159,7 @@ def _local_folder(name: str | os.PathLike[str]) -> Path:
 
 
 def _weight_files(folder: Path, names: Iterable[str], base_prefix: str) -> dict[str, tuple[Path, str]]:
-    """For each parameter the safetensors file that holds it and its name there, which may lack the base's prefix."""
+    """Return each parameter's safetensors file and its name in that file, which may lack the base's prefix."""
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     try:
@@ -179,7 +179,7 @@ def _weight_files(folder: Path, names: Iterable[str], base_prefix: str) -> dict[
         stored = name if name in held else name.removeprefix(base_prefix + ".")
         if stored not in held:
             raise UsageError(f"{folder}: no file has {name!r}; files that name the weights otherwise cannot be scored.")
-        # Now, and not after an hour of singular values.
+        # Checked now, not after an hour of singular values.
         if not held[stored].is_file():
             raise UsageError(f"{folder}: {held[stored].name} is missing.")
         found[name] = held[stored], stored

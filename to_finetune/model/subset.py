@@ -1,4 +1,4 @@
-"""Which weights train: the parameters that a list of regular expressions finds, all others frozen."""
+"""Which weights train: the parameters whose names match a list of regular expressions; all others are frozen."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Subset:
     matches: list[Match]
 
     def table(self) -> Table:
-        """One row a pattern, and the sum (a parameter that two patterns find counts once in the sum)."""
+        """Return a table with one row per pattern, and the sum, in which a parameter of two patterns counts once."""
         table = Table(title="Trained weights", title_justify="left", header_style="bold")
         table.add_column("pattern")
         for column in ("tensors", "weights", "share"):
@@ -49,14 +49,14 @@ class Subset:
 
 
 def select_trainable(model: nn.Module, patterns: Sequence[str] | None) -> Subset:
-    """Freeze every parameter of `model` but those whose name one of `patterns` is found in (`re.search`).
+    """Freeze all parameters of `model` except those whose name matches one of `patterns` (`re.search`).
 
-    The form of axolotl's `unfrozen_parameters` and of Spectrum's YAML. A name that is tied to another one selects
-    the shared tensor. None trains everything.
+    The patterns are those of axolotl's `unfrozen_parameters` and of Spectrum's YAML. A name that is tied to another one
+    selects the shared tensor. None trains everything.
 
     Raises:
-        UsageError: for a pattern that is no regular expression, that finds nothing (with the nearest names), or that
-            finds a quantised weight.
+        UsageError: for a pattern that is not a regular expression, matches nothing (with the nearest names), or matches
+            a quantised weight.
     """
     # Tied names (an output head that shares the embedding) lead to one tensor, counted once.
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -95,7 +95,10 @@ def select_trainable(model: nn.Module, patterns: Sequence[str] | None) -> Subset
 
 
 def keep_trained_in_float32(model: nn.Module) -> None:
-    """For mixed precision: small updates of 16-bit weights round to nothing; autocast casts these for each use."""
+    """Cast what trains to float32 for mixed precision, in which autocast casts it for each use.
+
+    Small updates of 16-bit weights would round to nothing.
+    """
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()

@@ -21,7 +21,7 @@ STYLES = {"base": "dim", "tuned": ""}
 
 
 def show(opened: OpenModel, prompt: str, decoding: Decoding, console: Console, compare: bool = False) -> None:
-    """Print the answer to one prompt, word by word; with `compare` a table of the base's and the tuned model's.
+    """Print the answer to one prompt word by word; with `compare`, a table of the base's and the tuned model's answers.
 
     Raises:
         UsageError: for a prompt that is empty or too long.
@@ -45,8 +45,8 @@ def show(opened: OpenModel, prompt: str, decoding: Decoding, console: Console, c
 def chat(opened: OpenModel, decoding: Decoding, console: Console, compare: bool = False) -> None:
     """Read questions until /exit or the end of the input, and print each answer word by word.
 
-    What was said before goes along where the model has learned conversations. With `compare` the base answers first,
-    in a conversation of its own.
+    Earlier messages are part of the prompt if the model has learned conversations. With `compare` the base answers
+    first, in a conversation of its own.
     """
     console.print(HELP, style="dim")
     if opened.form != "chat":
@@ -68,12 +68,12 @@ def chat(opened: OpenModel, decoding: Decoding, console: Console, compare: bool 
 
 
 def ending(said: Answer) -> str:
-    """Why an answer stops where it does; nothing for one that ended by itself."""
+    """Return a note that an answer was cut; empty for one that ended by itself."""
     return "" if said.ended else f" [cut at {said.tokens} tokens]"
 
 
 def _turn(opened: OpenModel, said: list[Message], line: str, decoding: Decoding, console: Console, style: str) -> None:
-    """Answer `line` and add both to what was `said`; what cannot be answered is not added."""
+    """Answer `line` and add both to `said`; a line that cannot be answered is not added."""
     messages = [*said, {"role": "user", "content": line}]
     if opened.form != "chat":
         messages = messages[-1:]
@@ -89,7 +89,7 @@ def _turn(opened: OpenModel, said: list[Message], line: str, decoding: Decoding,
 
 
 def _stream(opened: OpenModel, messages: list[Message], decoding: Decoding, console: Console, style: str = "") -> str:
-    """Print an answer as it comes; returns its text."""
+    """Print an answer as it is generated, and return its text."""
 
     def write(text: str) -> None:
         console.print(Text(text, style), end="", soft_wrap=True)
@@ -100,9 +100,9 @@ def _stream(opened: OpenModel, messages: list[Message], decoding: Decoding, cons
 
 
 def _read() -> str | None:
-    """The next line without the spaces around it; "" after a Ctrl-C, None at the end of the input."""
+    """Return the next line, stripped; "" after a Ctrl-C, None at the end of the input."""
     try:
         return input("> ").strip()
     except (EOFError, KeyboardInterrupt) as error:
-        print()  # what comes next begins a line
+        print()  # so that the next output begins a line
         return None if isinstance(error, EOFError) else ""

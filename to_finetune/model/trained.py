@@ -1,6 +1,6 @@
 """The trained tensors on disk, with the name of the base model that they belong to.
 
-Weights of the base are in one file, trained.safetensors; adapters in the two that peft writes.
+Weights of the base are in one file, trained.safetensors; adapters are in the two files that peft writes.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def holds_adapters(folder: str | os.PathLike[str]) -> bool:
 
 
 def trained_tensors(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """What trains, as it is, under the names that it is saved by: the parameters', those of adapters without "default".
+    """Return the trained tensors by the names they are saved under: parameter names, for adapters without "default".
 
     Args:
-        weights: by the parameters' names, where the model holds pieces of them only; None for the parameters of
-            `model` that require a gradient.
+        weights: by the parameters' names, if the model holds only shards of them; None for the parameters of `model`
+            that require a gradient.
     """
     if weights is None:
         weights = {name: p for name, p in named(model).items() if p.requires_grad}
@@ -58,7 +58,7 @@ def trained_tensors(model: nn.Module, weights: Mapping[str, Tensor] | None = Non
 
 
 def parameter_names(model: nn.Module) -> dict[str, str]:
-    """The names that parameters are saved by, and their names in `model`."""
+    """Return the names that parameters are saved under, mapped to their names in `model`."""
     parameters = named(model)
     names = {id(p): name for name, p in parameters.items()}
     return {saved: names[id(p)] for saved, p in _as_saved(model, parameters).items()}
@@ -67,18 +67,18 @@ def parameter_names(model: nn.Module) -> dict[str, str]:
 def save_trained(
     model: PreTrainedModel | PeftModel, folder: str | os.PathLike[str], tensors: Mapping[str, Tensor] | None = None
 ) -> Path:
-    """Write the trained tensors of `model` to one file in `folder`, in one rename; beside adapters peft's description.
+    """Write the trained tensors of `model` to one file in `folder`, atomically; with adapters, also peft's config file.
 
     Args:
-        model: says which base they belong to.
-        folder: made if it is not there.
-        tensors: of `trained_tensors`, where the model holds pieces of them only.
+        model: also names the base that they belong to.
+        folder: created if it does not exist.
+        tensors: from `trained_tensors`, if the model holds only shards of them.
 
     Returns:
         The file: trained.safetensors, or peft's adapter_model.safetensors.
 
     Raises:
-        RunError: when a weight is not finite: the last good file is left in place.
+        RunError: when a weight is not finite; the last good file stays in place.
     """
     tensors = trained_tensors(model) if tensors is None else dict(tensors)
     check_finite(tensors)
@@ -101,7 +101,7 @@ def save_trained(
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse to save what has blown up.
+    """Raise if a tensor that is about to be saved is not finite.
 
     Raises:
         RunError: naming the first of the tensors that are not finite.
@@ -112,7 +112,7 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Copy the tensors that `save_trained` wrote onto `model`, in its own dtype.
+    """Copy the tensors that `save_trained` wrote into `model`, which keeps its dtype.
 
     Raises:
         UsageError: for a missing or damaged file, and for a tensor that does not fit the model.
@@ -132,7 +132,7 @@ def load_trained(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def read_trained(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Base]:
-    """The saved tensors, on the CPU, and the base model that they belong to.
+    """Return the saved tensors, on the CPU, and the base model that they belong to.
 
     Raises:
         UsageError: for a missing or damaged file.
@@ -156,7 +156,7 @@ def read_trained(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Bas
 
 
 def adapter_config(folder: str | os.PathLike[str]) -> PeftConfig:
-    """What peft's file says about the adapters in `folder`.
+    """Return peft's configuration of the adapters in `folder`.
 
     Raises:
         UsageError: for a missing or damaged file.
@@ -171,10 +171,10 @@ def adapter_config(folder: str | os.PathLike[str]) -> PeftConfig:
 
 
 def _as_saved(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors`, by their names in `model`, under the names that they are saved by; of adapters those alone."""
+    """Rename `tensors` from their names in `model` to those they are saved under; a PeftModel keeps only adapters."""
     if not isinstance(model, PeftModel):
         return dict(tensors)
-    own = {bare(name): name for name, _ in model.named_parameters()}  # by which peft looks
+    own = {bare(name): name for name, _ in model.named_parameters()}  # by which peft looks them up
     known = {own[name]: tensor for name, tensor in tensors.items()}
     saved = get_peft_model_state_dict(model, known, model.active_adapter, save_embedding_layers=False)
     return {bare(name): tensor for name, tensor in saved.items()}

@@ -1,4 +1,4 @@
-"""The Trainable Optimizers, for any PyTorch training loop. Needs torch alone."""
+"""Trainable Optimizers for any PyTorch training loop. Requires only torch."""
 
 from to_finetune.optim.diagonal import DiagonalTO
 from to_finetune.optim.full import FullTO

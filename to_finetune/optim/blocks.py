@@ -1,7 +1,7 @@
-"""Sums over blocks: what a step must know of a whole tensor, or a whole group, before any of its weights can move.
+"""Sums over blocks, which a step needs over a whole tensor or group before any of its weights can move.
 
-The fused kernels and the plain path measure the weights of this process; here their sums become those of the blocks,
-with one all-reduce a step for all blocks that several processes share, whatever their number.
+The fused kernels and the plain path sum over the weights of this process; here their sums become those of the blocks,
+with one all-reduce per step for all blocks that several processes share, whatever their number.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ SUMS = 8
 
 
 class Totals(NamedTuple):
-    """Of the members of a part, one row each.
+    """Totals for the members of a part, one row each.
 
     Attributes:
-        norm_square: ``||g||^2`` of the whole tensor, before it is scaled.
-        factor: what `grad_scale` multiplies the gradient with; None without.
+        norm_square: ``||g||^2`` of the whole tensor, before scaling.
+        factor: the factor by which `grad_scale` multiplies the gradient; None without `grad_scale`.
         block: the sums over the block.
     """
 
@@ -36,13 +36,13 @@ class Totals(NamedTuple):
 
 
 class New(NamedTuple):
-    """What a member is to become.
+    """A member's new weights and state, not yet stored.
 
     Attributes:
         w: the new weights.
         names, values: the new state.
-        key: of the random bits for storage in fewer bits (`state.state_key`).
-        skip: 0-dim bool; where it is true nothing changes.
+        key: the key of the random bits for stochastic rounding (`state.state_key`).
+        skip: 0-dim bool; if true, nothing changes.
     """
 
     member: Member
@@ -58,10 +58,10 @@ class Part:
     """Members of one group that are measured and moved together.
 
     Attributes:
-        may_skip: whether a group asks for steps to be skipped, which all gradients must be measured for.
-        sums: over the weights of this process, (members, 8) float64; None where none are needed, or not yet.
-        totals: what `share` makes of them.
-        pending: for pieces of int8 blocks, what they are to become; None where results are stored at once.
+        may_skip: whether any group uses `skip_nonfinite`, for which all gradients must be measured.
+        sums: sums over this process's weights, (members, 8) float64; None if not needed or not yet computed.
+        totals: the totals that `share` computes from the sums.
+        pending: the new values of pieces of int8 blocks; None if results are stored at once.
     """
 
     group: Mapping[str, Any]
@@ -99,7 +99,7 @@ def needs_gradient_sums(variant: str, group: Mapping[str, Any], may_skip: bool) 
 
 
 def is_group_wide(variant: str, group: Mapping[str, Any]) -> bool:
-    """Whether a weight cannot move before all of its group are measured."""
+    """Whether no weight can move before its whole group has been measured."""
     return group["scope"] == "group" and needs_weight_sums(variant, group)
 
 
@@ -107,14 +107,14 @@ Work = Sequence[tuple[Mapping[str, Any], list[Member]]]
 
 
 def share(variant: str, may_skip: bool, work: Work, parts: Sequence[Part]) -> list[Tensor]:
-    """Fill in the totals of the measured parts; returns their ``||g||^2``, and those of all tensors that are shared.
+    """Fill in the totals of the measured parts; return their ``||g||^2``, and those of all sharded tensors.
 
     Args:
-        variant: of the optimizer.
-        may_skip: as `Part` has it.
-        work: the groups and all their members, also those without a weight on this process: all processes must bring
-            the same rows to the all-reduce.
-        parts: measured.
+        variant: the optimizer's variant.
+        may_skip: as in `Part`.
+        work: the groups and all their members, including those without a weight on this process: the all-reduce
+            needs the same rows on all processes.
+        parts: the measured parts.
     """
     tables = _tables(variant, may_skip, work, parts)
     for group, members in work:
@@ -146,7 +146,7 @@ def share(variant: str, may_skip: bool, work: Work, parts: Sequence[Part]) -> li
 def _tables(
     variant: str, may_skip: bool, work: Work, parts: Sequence[Part]
 ) -> dict[Shards, tuple[dict[int, int], Tensor]]:
-    """For each set of processes: the rows of the parameters that they share, and their sums, (rows, 8) float64."""
+    """Return, per set of processes, the rows of the parameters that they share and their sums, (rows, 8) float64."""
     held: dict[Shards, dict[int, Member]] = {}
     for group, members in work:
         if needs_weight_sums(variant, group) or needs_gradient_sums(variant, group, may_skip):
@@ -169,24 +169,24 @@ def _index(rows: Mapping[int, int], members: Sequence[Member], device: torch.dev
 
 
 def numels_of(members: Sequence[Member], device: torch.device) -> Tensor:
-    """The numbers of weights of the members' whole tensors, in what sums are taken in on this device."""
+    """Return the sizes of the members' whole tensors, in the dtype of sums on this device."""
     return to_device(torch.tensor([float(member.numel) for member in members], dtype=accumulator(device)), device)
 
 
 def _totals(group: Mapping[str, Any], sums: Tensor, members: Sequence[Member], numels: Tensor) -> Totals:
-    """From the sums over whole tensors, each a block; those of the gradient are of the scaled one."""
+    """Compute totals from sums over whole tensors, each a block; ``u.g`` becomes that of the scaled gradient."""
     factor, ug = None, sums[:, UG]
     if group["grad_scale"] is not None:
         factor = rms_factor(sums[:, GG].sqrt(), numels)
         if all(member.p.dtype != torch.float64 for member in members):
             factor = factor.float()
         ug = ug * factor
-    vw, ww, uu, ub = (sums[:, k] for k in (VW, WW, UU, UB))  # a list as the index would be copied to the device
+    vw, ww, uu, ub = (sums[:, k] for k in (VW, WW, UU, UB))  # indexing by a list would copy it to the device
     return Totals(sums[:, GG], factor, RankOneSums(vw, ww, uu, ub, ug, numels))
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A small array that was made on the host, on the kernels' device, without waiting for it."""
+    """Move a small array from the host to the kernels' device, without waiting for it."""
     if device.type != "cuda":
         return x.to(device)
     pinned = x.pin_memory()
@@ -195,7 +195,7 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
 
 
 def keep_for_graphs(*tensors: Tensor) -> None:
-    """Keep alive what a CUDA graph that is being captured will read at each replay."""
+    """Keep alive the tensors that a CUDA graph, if one is being captured, will read at each replay."""
     if is_capturing():
         _READ_BY_GRAPHS.extend(tensors)
 

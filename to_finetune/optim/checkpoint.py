@@ -1,7 +1,7 @@
-"""Weights and state by the parameters' names, in torch's distributed checkpoint: any layout reads what any other wrote.
+"""Weights and state by parameter name, in torch's distributed checkpoint: any layout can load what any other saved.
 
-Each process writes its own runs of the flattened parameters and reads those that it needs, whatever they were saved
-from: one process, DDP, FSDP2 or DeepSpeed's ZeRO, on any number of processes.
+Each process writes its own runs of the flattened parameters and reads those that it needs, no matter how they were
+saved: by one process, DDP, FSDP2 or DeepSpeed's ZeRO, on any number of processes.
 """
 
 from __future__ import annotations
@@ -30,36 +30,36 @@ from to_finetune.optim.state import exponents_name, pack, unpack_
 from to_finetune.optim.stateful import COUNTERS
 
 Folder = str | os.PathLike[str]
-WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")  # by torch.compile, and by FSDP's activation checkpointing
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")  # added by torch.compile and FSDP's activation checkpointing
 
 
 def save_state(model: nn.Module, optimizer: TrainableOptimizer, folder: Folder, *, weights: bool = True) -> None:
-    """Write the optimizer's state, and the weights that it trains, to `folder`. All processes call it.
+    """Write the optimizer's state, and the weights that it trains, to `folder`. All processes must call it.
 
     Args:
-        model: whose parameters the optimizer was given, wrapped or not.
+        model: the model whose parameters the optimizer was given, wrapped or not.
         optimizer: DiagonalTO or RankOneTO. Its hyper-parameters are not saved.
-        folder: the same on all processes, and a new one each time: what is half written cannot be loaded.
-        weights: False where they are saved elsewhere (`whole_weights`).
+        folder: the same on all processes, and a new one each time: an incomplete checkpoint cannot be loaded.
+        weights: whether to save the weights too; False if they are saved elsewhere (`whole_weights`).
 
     Raises:
-        RuntimeError: for FullTO, and for weights that are sharded by another dimension than the first.
+        RuntimeError: for FullTO, and for weights sharded along a dimension other than the first.
     """
     with _quiet():
         dcp.save(_Contents(model, optimizer, weights).values, checkpoint_id=folder)
 
 
 def load_state(model: nn.Module, optimizer: TrainableOptimizer, folder: Folder, *, weights: bool = True) -> None:
-    """Read what `save_state` wrote, in any layout and on any number of processes. All processes call it.
+    """Load what `save_state` wrote, in any layout and on any number of processes. All processes must call it.
 
     Args:
-        model, optimizer: as they are now: sharded, prepared by accelerate, or plain; under DeepSpeed the engine.
-        folder: of `save_state`.
-        weights: as it was for `save_state`.
+        model, optimizer: in their current form: sharded, prepared by accelerate, or plain; under DeepSpeed the engine.
+        folder: as given to `save_state`.
+        weights: as given to `save_state`.
 
     Raises:
-        RuntimeError: as `save_state`, and for a checkpoint that is not whole, or of other weights or another form of
-            state.
+        RuntimeError: as for `save_state`, and for a checkpoint that is incomplete or has other weights or another
+            format of state.
     """
     if not Path(folder, ".metadata").is_file():
         raise RuntimeError(f"{os.fspath(folder)} holds no checkpoint that was written to its end.")
@@ -85,9 +85,9 @@ def load_state(model: nn.Module, optimizer: TrainableOptimizer, folder: Folder, 
 
 
 def whole_weights(model: nn.Module, optimizer: TrainableOptimizer) -> dict[str, Tensor]:
-    """The trained weights by name, whole and on the CPU, on process 0; nothing on the others. All processes call it.
+    """Gather the trained weights by name, whole and on the CPU, on process 0; the others get an empty dict.
 
-    Under DeepSpeed they are its 32-bit ones.
+    All processes must call it. Under DeepSpeed they are its 32-bit master weights.
     """
     parameters = named(model)
     names = optimizer.names(parameters)
@@ -106,10 +106,10 @@ def whole_weights(model: nn.Module, optimizer: TrainableOptimizer) -> dict[str, 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, optimizer: TrainableOptimizer, weights: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors onto the trained weights, in any layout. All processes call it.
+    """Copy whole tensors into the trained weights, in any layout. All processes must call it.
 
     Raises:
-        RuntimeError: for a trained tensor that is missing or of another size.
+        RuntimeError: if a trained tensor is missing or has another size.
     """
     names = optimizer.names(named(model))
     members = optimizer.held()
@@ -123,27 +123,27 @@ def load_weights(model: nn.Module, optimizer: TrainableOptimizer, weights: Mappi
 
 
 def named(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters by the names that they have without a wrapper, around the model or around parts of it."""
+    """Return the parameters by their names without the wrappers around the model or parts of it."""
     parameters: dict[str, Tensor] = {bare(name): p for name, p in model.named_parameters()}
-    while parameters and all(name.startswith("module.") for name in parameters):  # of DDP, or of DeepSpeed's engine
+    while parameters and all(name.startswith("module.") for name in parameters):  # added by DDP, or DeepSpeed's engine
         parameters = {name.removeprefix("module."): p for name, p in parameters.items()}
     return parameters
 
 
 def bare(name: str) -> str:
-    """A parameter's name without the wrappers around parts of the model."""
+    """Return a parameter's name without the wrappers around parts of the model."""
     return ".".join(part for part in name.split(".") if part not in WRAPPED)
 
 
 def _run(member: Member) -> slice:
-    """Where the member lies in the flattened parameter."""
+    """Return the member's place in the flattened parameter."""
     if member.first is None:
         raise RuntimeError("Weights that are sharded by another dimension than the first cannot be saved or loaded.")
     return slice(member.first, member.first + member.p.numel())
 
 
 class _Contents:
-    """What a checkpoint of this process holds: views of weights and state, and copies of what is stored otherwise."""
+    """This process's part of a checkpoint: views of weights and state, or copies where the stored form differs."""
 
     def __init__(self, model: nn.Module, optimizer: TrainableOptimizer, weights: bool) -> None:
         self.values: dict[str, Tensor] = {}
@@ -168,7 +168,7 @@ class _Contents:
         if value.numel():
             flat = value.detach().reshape(-1)
             runs.hold(_run(member).start, flat)
-            if not value.is_contiguous():  # then it is a copy
+            if not value.is_contiguous():  # then flat is a copy
                 self.after_loading.append(lambda: value.copy_(flat.view_as(value)))
 
     def _add_int8(self, key: str, member: Member, codes: Tensor, exponents: Tensor) -> None:
@@ -187,7 +187,7 @@ class _Contents:
 
 
 class Runs(Tensor):
-    """A flattened tensor of which this process holds some runs, as torch's distributed checkpoint asks for them."""
+    """A flattened tensor of which this process holds some runs, as torch's distributed checkpoint expects it."""
 
     runs: dict[int, Tensor]
 
@@ -228,7 +228,7 @@ class Runs(Tensor):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's warnings that there is one process only, and that it uses a deprecated part of itself."""
+    """Silence torch's warnings that there is only one process, and that it uses a deprecated part of itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

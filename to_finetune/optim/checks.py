@@ -1,4 +1,4 @@
-"""What the hyper-parameters of a parameter group may be."""
+"""Checks of a parameter group's hyper-parameters and of its tensors' layout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUMBERS = ("lr", "alpha", "beta", "alpha_decay", "lr_decay", "t0", "gamma_max", 
 
 
 def check_hyperparameters(group: Mapping[str, Any], state_dtypes: Sequence[torch.dtype]) -> None:
-    """Raise ValueError, naming the key, the value and what is allowed."""
+    """Raise ValueError for an invalid hyper-parameter, naming the key, the value and what is allowed."""
 
     def check(key: str, ok: bool, allowed: str) -> None:
         if not ok:
@@ -63,13 +63,13 @@ def check_hyperparameters(group: Mapping[str, Any], state_dtypes: Sequence[torch
 
 
 def check_layout(layout: Layout, variant: str, group: Mapping[str, Any], groups: int) -> None:
-    """Raise RuntimeError where weights in this layout cannot be stepped as one process would.
+    """Raise RuntimeError if weights in this layout cannot be stepped as by a single process.
 
     Args:
         layout: of one of the group's tensors.
-        variant: of the optimizer.
+        variant: the optimizer's variant.
         group: the parameter group.
-        groups: how many the optimizer has.
+        groups: the number of the optimizer's groups.
     """
     if not layout.shards:
         return

@@ -1,4 +1,4 @@
-"""What the last step has shown: how far the estimate was from the gradient, and how uneven the gradient was."""
+"""Diagnostics of the last step: how far the estimate was from the gradient, and how uneven the gradient was."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ Piece = tuple[int, int | None]  # a parameter's position, and where in it the pi
 
 
 class Diagnostics:
-    """Sums over this process's pieces, by those who share the weights; added up when they are read, not in the step."""
+    """Sums over this process's pieces, by the processes that share the weights; reduced when read, not in the step."""
 
     def __init__(self) -> None:
         self._squares: dict[Shards, dict[Piece, tuple[Tensor, Tensor]]] = {}  # |G - g|^2 and |g|^2
         self._peaks: dict[Shards, dict[Piece, tuple[Tensor, Tensor]]] = {}  # max|g| and |g|^2
 
     def expect(self, sharers: Iterable[Shards]) -> None:
-        """Also where no weight is held here: what is added up later is added up by all processes."""
+        """Register these processes even if none of their weights is held here: all must join the later all-reduce."""
         for shards in sharers:
             self._squares.setdefault(shards, {})
             self._peaks.setdefault(shards, {})
 
     def add_squares(self, member: Member, error: Tensor, norm: Tensor) -> None:
-        """``||G - g||^2`` and ``||g||^2`` of a member, or of all in a batch that begins with it."""
+        """Record ``||G - g||^2`` and ``||g||^2`` of a member, or of all members of a batch that begins with it."""
         self._squares[member.shards][_piece(member)] = error, norm
 
     def add_peaks(self, part: Part, sums: Tensor, norm_square: Tensor) -> None:
-        """From the sums over a part's members, and ``||g||^2`` of their whole tensors."""
+        """Record the peaks among the sums over a part's members, and ``||g||^2`` of their whole tensors."""
         if part.group["grad_scale"] is not None:
             self._peaks[part.shards][_piece(part.members[0])] = sums[:, PEAK], norm_square
 
     def estimate_error(self) -> Tensor:
-        """``||G - g|| / ||g||``, 0-dim; NaN before the first step."""
+        """Return ``||G - g|| / ||g||``, 0-dim; NaN before the first step."""
         sums = []
         for shards, pieces in self._squares.items():
             squares = [torch.stack([x.double().sum() for x in pair]) for pair in pieces.values()]
@@ -48,7 +48,7 @@ class Diagnostics:
         return (error / norm).sqrt()
 
     def gradient_peak(self) -> Tensor:
-        """The largest ``max|g| / ||g||`` of a tensor, 0-dim; NaN before the first step."""
+        """Return the largest ``max|g| / ||g||`` of any tensor, 0-dim; NaN before the first step."""
         none = torch.zeros((), dtype=torch.float64)
         peaks = []
         for shards, pieces in self._peaks.items():
@@ -62,5 +62,5 @@ def _piece(member: Member) -> Piece:
 
 
 def _folded(parts: Sequence[Tensor], by: Callable[[Tensor, Tensor], Tensor], of_none: Tensor) -> Tensor:
-    """All parts in one, on the first one's device."""
+    """Reduce all parts to one, on the first one's device; `of_none` if there are none."""
     return reduce(by, [part.to(parts[0].device) for part in parts]) if parts else of_none

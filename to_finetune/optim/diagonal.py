@@ -22,7 +22,7 @@ from to_finetune.optim.stateful import compute_dtype
 class DiagonalTO(TrainableOptimizer):
     """Trainable Optimizer with the gradient model ``G = a * w + b``: a slope and an offset for every weight.
 
-    State: ``a`` and ``b``, of the weight's shape, and a 0-dim ``step``; 8 bytes a weight in float32, as Adam.
+    State: ``a`` and ``b``, of the weight's shape, and a 0-dim ``step``; 8 bytes per weight in float32, as for Adam.
     """
 
     state_names = ("a", "b")
@@ -43,7 +43,7 @@ class DiagonalTO(TrainableOptimizer):
             self._apply(rules.diagonal, part, i, mean_square=mean_square)
 
     def _update_foreach(self, part: Part) -> None:
-        # Multi-tensor operations want one device, one dtype and one set of rates.
+        # Multi-tensor operations need one device, one dtype and one set of rates.
         group, alike = part.group, defaultdict[Any, list[int]](list)
         for i, member in enumerate(part.members):
             alike[member.p.device, compute_dtype(member.p), float(member.state["step"])].append(i)
@@ -67,7 +67,7 @@ class DiagonalTO(TrainableOptimizer):
 
 
 def _mean_square(part: Part, i: int, dtype: torch.dtype) -> Tensor:
-    """The mean of w^2 over the block of a part's i-th member."""
+    """Return the mean of w^2 over the block of a part's i-th member."""
     assert part.totals is not None
     block = part.totals.block
     return (block.ww[i] / block.n[i]).to(dtype)

@@ -1,8 +1,8 @@
-"""int8 blocks that the boundary of a shard cuts: the pieces, on several processes, agree on one exponent.
+"""int8 blocks cut by a shard boundary: their pieces, on several processes, agree on one exponent.
 
-Blocks are counted from the start of the whole parameter, so that they are the same on any number of processes. A
-shard's whole blocks are stepped as any others; the pieces at its two ends are moved on the plain path, exchange the
-largest values that they would store, and only then are stored.
+Blocks are counted from the start of the whole parameter, so they are the same on any number of processes. A shard's
+whole blocks are stepped like any others. The pieces at its two ends take the plain path: they are stored only after
+the processes have exchanged the largest values that they would store.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from to_finetune.optim.sharding import Member, Shards, all_reduce, cut
 from to_finetune.optim.state import BLOCK, blocks_of
 
 Edge = tuple[int, int]  # a parameter's position, and the number of the block in it
-Slots = dict[Any, dict[Edge, int]]  # by processes and parameters: all edges of all processes, in one order
+Slots = dict[Any, dict[Edge, int]]  # by processes and parameters: the slot of every edge of any process
 
 
 def split(members: Sequence[Member], names: Sequence[str]) -> tuple[list[Member], list[Member]]:
-    """The members without the pieces of cut int8 blocks, and those pieces, each a member."""
+    """Return the members without the pieces of cut int8 blocks, and those pieces as members of their own."""
     whole: list[Member] = []
     pieces: list[Member] = []
     for member in members:
@@ -44,7 +44,7 @@ def split(members: Sequence[Member], names: Sequence[str]) -> tuple[list[Member]
 
 
 def _part(member: Member, start: int, stop: int) -> Member:
-    """Some of a member's weights."""
+    """Return a member for a part of a member's weights, from `start` to `stop`."""
     first = member.first or 0
     block = (first + start) // BLOCK - first // BLOCK
     return replace(
@@ -61,8 +61,8 @@ def store(work: Sequence[tuple[Any, list[Member]]], pending: Sequence[New], slot
 
     Args:
         work: the groups and all their members, on all processes the same parameters.
-        pending: what this process's edges are to become.
-        slots: of the optimizer; filled in by the first step, when the processes tell each other their edges.
+        pending: the new values of this process's edges.
+        slots: the optimizer's; filled in by the first step, when the processes exchange their edges.
     """
     together: dict[Shards, list[int]] = {}
     for group, members in work:
@@ -102,5 +102,5 @@ def _store(mine: Sequence[New], shards: Shards, slots: dict[Edge, int]) -> None:
 
 
 def _finite(peak: Tensor) -> Tensor:
-    """A NaN, which a maximum may lose, as an infinity, which it does not; both read back as not finite."""
+    """Replace NaN, which a max all-reduce may lose, by infinity, which it keeps; both read back as non-finite."""
     return torch.where(peak.isnan(), torch.inf, peak)

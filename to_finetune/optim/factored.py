@@ -1,9 +1,9 @@
-"""(ours) `grad_scale="factored"`: the rows of a matrix's gradient weigh alike, and its columns, without any state.
+"""(ours) `grad_scale="factored"`: bring a gradient's rows to the same scale, and its columns, without any state.
 
-With ``r_i`` and ``c_j`` the mean squares of a row and of a column and m that of the whole, an element is multiplied by
-``m / sqrt(r_i c_j)``: Adafactor's estimate of its size, taken from this one gradient. The tensor's own root mean square
-is then divided out as by "rms". Rows and columns may be in pieces; the processes add up their squares in one all-reduce
-for all matrices, or one for two million rows and columns.
+With ``r_i`` and ``c_j`` the mean squares of a row and of a column and m that of the whole matrix, each element is
+multiplied by ``m / sqrt(r_i c_j)``: divided by Adafactor's estimate of its relative size, taken from this gradient
+alone. The tensor's own root mean square is then divided out as for "rms". Rows and columns may be sharded; the
+processes sum their squares in one all-reduce for all matrices, or one per two million rows and columns.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from to_finetune.optim.rules import accumulator
 from to_finetune.optim.sharding import Member, Shards, all_reduce
 
 CHUNK = 1 << 18  # elements that the plain path squares at a time
-LARGEST = 1 << 21  # rows and columns that are measured together: 17 MB of sums, and twice that to make factors of them
+LARGEST = 1 << 21  # rows and columns measured together: 17 MB of sums, and twice that to compute their factors
 SMALLEST = 1e-8  # a row below a ten-thousandth of the matrix's root mean square is noise, and stays small
 
 
 class Kind(NamedTuple):
-    """What matrices that are measured together have in common."""
+    """The properties that matrices measured together have in common."""
 
     shards: Shards
     device: torch.device
@@ -39,7 +39,7 @@ class Kind(NamedTuple):
 
 @dataclass
 class Matrices:
-    """Those that are measured together: what of them is here, and each one's numbers of rows and columns."""
+    """Matrices that are measured together: their pieces on this process, and the sizes of each: rows, columns."""
 
     kind: Kind
     members: list[Member] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Matrices:
         self.size += rows + columns
 
     def take_gradients(self) -> None:
-        """The members' new ones; they must be whole."""
+        """Take over the members' new gradients; the members must be whole."""
         for piece, member in zip(self.pieces, self.members, strict=True):
             piece.grad = member.grad
         if self.fused:
@@ -72,17 +72,17 @@ class Matrices:
 
     @cached_property
     def fused(self) -> Pieces | None:
-        """Its pieces as the kernels take them; None where the plain path scales them."""
+        """The pieces as the kernels take them; None if the plain path scales them."""
         contiguous = all(piece.grad.is_contiguous() for piece in self.pieces)
         return Pieces(self.pieces) if contiguous and self.kernels else None
 
 
 def matrices_of(work: Sequence[tuple[Mapping[str, Any], list[Member]]], shapes: Sequence[torch.Size]) -> list[Matrices]:
-    """Those of the groups that ask for it, as they are measured together; vectors are left as they are.
+    """Collect the matrices of groups with ``grad_scale="factored"``, as measured together; vectors are not scaled.
 
     Args:
-        work: the groups and all their members, also those without a weight on this process, which add nothing.
-        shapes: of all parameters that the optimizer was given; of more than two dimensions the first one is the rows.
+        work: the groups and all their members, including those without a weight on this process, which add nothing.
+        shapes: of all parameters that the optimizer was given. The first dimension is the rows, all others the columns.
     """
     alike: dict[Kind, list[Matrices]] = {}
     for group, members in work:
@@ -98,7 +98,7 @@ def matrices_of(work: Sequence[tuple[Mapping[str, Any], list[Member]]], shapes: 
 
 
 def equalize_(matrices: Matrices) -> None:
-    """Scale their gradients in place."""
+    """Scale the matrices' gradients in place."""
     kind, kernels = matrices.kind, matrices.kernels if matrices.fused else None
     if kernels and not kind.shards and hasattr(kernels, "equalize"):
         kernels.equalize(matrices.fused)
@@ -112,7 +112,7 @@ def equalize_(matrices: Matrices) -> None:
 
 
 def _pieces(member: Member, columns: int, row: int, column: int) -> Iterator[Piece]:
-    """The whole rows of a run, and the parts of rows in which it begins and ends; `row`, `column`: of the matrix."""
+    """Yield a run's whole rows, and the partial rows at its ends; `row`, `column`: the matrix's first in the sums."""
     grad, first = member.grad, member.first
     assert first is not None
     if grad.dim() > 1:
@@ -147,11 +147,11 @@ def _scale(pieces: Sequence[Piece], factors: Tensor) -> None:
 
 
 def _factors_(squares: Tensor, sizes: Tensor) -> Tensor:
-    """One over the root mean square of each row, and of each column, in units of the whole matrix's.
+    """Compute one over the root mean square of each row, and of each column, in units of the whole matrix's.
 
     Args:
-        squares: the sums of all matrices' rows and columns, end to end; the factors are written there.
-        sizes: how many belong together.
+        squares: the sums of squares of all matrices' rows and columns, concatenated; overwritten with the factors.
+        sizes: how many consecutive sums belong together: a matrix's rows, or its columns.
     """
     means = torch.segment_reduce(squares, "mean", lengths=sizes, unsafe=True)  # checks would wait for the device
     means.clamp_(min=torch.finfo(squares.dtype).tiny)

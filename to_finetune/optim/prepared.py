@@ -1,4 +1,4 @@
-"""What a step finds out about weights, state and options, and may use again while only the gradients are new.
+"""A step's preparation from weights, state and options, reused as long as only the gradients change.
 
 With hundreds of small tensors the host would otherwise take longer for a step than the device.
 """
@@ -19,12 +19,12 @@ from to_finetune.optim.kernels.batch import Batch, as_vector
 from to_finetune.optim.sharding import Member
 from to_finetune.optim.stateful import Group, options_of
 
-NONE = torch.empty(0)  # in the place of gradients that are over
+NONE = torch.empty(0)  # takes the place of released gradients
 
 
 @dataclass(eq=False)
 class Counts:
-    """The counters of a group's weights on one device: 0-dim state, which `add` makes views of one vector."""
+    """The counters of a group's weights on one device: 0-dim state that `add` turns into views of one vector."""
 
     group: Group
     states: list[dict[str, Tensor]]
@@ -39,7 +39,7 @@ class Counts:
         if name not in self.vectors:
             self.vectors[name] = as_vector(self.states, name)
             self.views[name] = [state[name] for state in self.states]
-            if self.views[name][0]._base is not self.vectors[name]:  # new, or of a loaded state, which may share one
+            if self.views[name][0]._base is not self.vectors[name]:  # new, or loaded and perhaps shared
                 self.views[name] = list(self.vectors[name].unbind())
                 for state, view in zip(self.states, self.views[name], strict=True):
                     state[name] = view
@@ -50,15 +50,15 @@ class Counts:
 
 
 class Prepared:
-    """A step's groups with their members, and how these are measured and moved together.
+    """A step's groups and their members, batched for measuring and updating.
 
     Attributes:
         work: the groups and all their members.
-        parts: the members by what moves them.
-        matrices: whose gradients are scaled by rows and columns first.
-        counts: of the steps.
-        sharers: the sets of processes that share weights, in the order in which they are met.
-        repeats: whether another step may be like it: where the fused kernels move all weights, each of them whole.
+        parts: the members, grouped by the path that updates them.
+        matrices: the matrices whose gradients are first scaled by rows and columns.
+        counts: the step counters.
+        sharers: the sets of processes that share weights, in order of first appearance.
+        repeats: whether a later step may reuse it: only if fused kernels update all weights and none is sharded.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Prepared:
         )
 
     def is_like(self, groups: Sequence[Group], states: Mapping[Tensor, dict[str, Tensor]]) -> bool:
-        """Whether nothing but gradients and lr is other than it was."""
+        """Whether nothing but gradients and lr has changed."""
         if len(groups) != len(self.work) or not _are(states.values(), self._states):
             return False
         for group, (known, members), options in zip(groups, self.work, self._options, strict=True):
@@ -100,7 +100,7 @@ class Prepared:
         )
 
     def take_gradients(self) -> None:
-        """The weights' new ones."""
+        """Take over the weights' new gradients."""
         for member in self._members:
             member.grad = _gradient(member)
         for matrices in self.matrices:
@@ -111,7 +111,7 @@ class Prepared:
                 batch.taken = alike[0].vectors["step"] if alike else None
 
     def let_go(self) -> None:
-        """Of the gradients, which would live on otherwise."""
+        """Release the gradients, which would otherwise stay alive."""
         for member in self._members:
             member.grad = NONE
         for batch in self._batches:
@@ -128,7 +128,7 @@ def _gradient(member: Member) -> Tensor:
 
 
 def _are(found: Collection[Any], known: Collection[Any]) -> bool:
-    """Whether they are the same objects."""
+    """Whether both hold the same objects."""
     return len(found) == len(known) and all(map(operator.is_, found, known))
 
 

@@ -18,11 +18,11 @@ from to_finetune.optim.stateful import Group, compute_dtype
 class RankOneTO(TrainableOptimizer):
     """Trainable Optimizer with the gradient model ``G = u (v.w) + b`` for each block of weights.
 
-    State: ``u``, ``v`` and ``b``, of the weight's shape, and a 0-dim ``step``; 12 bytes a weight in float32.
-    u starts at zero and v at ``1/sqrt(n)``, n the block's size: A starts at zero as the paper has it, but with
-    both factors zero it would stay there for ever. With `relative_alpha` (ours) v is zero for weights that are zero
-    when their state is made: a tensor of them, as LoRA's B, has no scale that alpha could be in units of, u would take
-    a huge one from its first steps, and grow G with the weights. So it has no slope, and moves by momentum.
+    State: ``u``, ``v`` and ``b``, of the weight's shape, and a 0-dim ``step``; 12 bytes per weight in float32.
+    u starts at zero and v at ``1/sqrt(n)``, n the block's size: A starts at zero as in the paper, but with both factors
+    zero it would stay zero forever. With `relative_alpha` (ours), v is zero for weights that are zero when their state
+    is created: an all-zero tensor, such as LoRA's B, has no scale for alpha to be relative to, so u would become huge
+    in the first steps, and G would grow with the weights. Such a tensor has no slope and moves by momentum.
     """
 
     state_names = ("u", "v", "b")

@@ -1,4 +1,4 @@
-"""Step in backward: each weight moves, and gives its gradient's memory back, as soon as its gradient is there."""
+"""Step in backward: each weight moves, and its gradient is freed, as soon as the gradient is ready."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ NEEDS_ALL = "it needs the gradients of all weights before the first one moves, w
 
 
 class release_gradients:
-    """Step `optimizer` inside ``loss.backward()``, so that never more than a few gradients are in memory.
+    """Step `optimizer` inside ``loss.backward()``, so that only a few gradients are in memory at a time.
 
         with release_gradients(model, optimizer):   # or: handle = release_gradients(...); ...; handle.remove()
             for batch in batches:
                 model(batch).loss.backward()        # moves the weights; optimizer.step() finds nothing left to do
 
-    The trajectory is that of ``backward(); optimizer.step()``, bit for bit, for every option that looks at one tensor
+    The trajectory is that of ``backward(); optimizer.step()``, bit for bit, for every option that works on one tensor
     at a time. A learning-rate scheduler steps between backward passes, as always.
 
     Args:
         model: the model whose parameters the optimizer holds.
         optimizer: a TO whose blocks are tensors.
-        accumulation_steps: backward passes to a step; gradients are kept until the last of them, summed as torch does.
-            If above 1, a weight that has a gradient in one of them must have one in each, and checkpoints of
-            activations must not be reentrant.
-        clip_tensor_norm: each tensor's gradient is clipped to this l2 norm by itself. The norm over all gradients,
-            which `torch.nn.utils.clip_grad_norm_` takes, is not known before the last weight has moved, so this is
-            another clipping, and clipping by the global norm does not exist here. None for none.
+        accumulation_steps: backward passes per step; gradients are kept until the last pass and summed as torch does.
+            If above 1, a weight that has a gradient in one pass of a step must have one in each, and activation
+            checkpointing must not be reentrant.
+        clip_tensor_norm: clip each tensor's gradient to this l2 norm on its own; None for no clipping. Clipping by
+            the norm over all gradients, as in `torch.nn.utils.clip_grad_norm_`, is not possible here: that norm is
+            unknown until the last weight has moved.
 
     Raises:
         ValueError: for an option of the optimizer that needs all gradients at once (`scope="group"` where it matters,
             `max_norm`, `skip_nonfinite`), a parameter that is not the model's, or a bad argument.
-        RuntimeError: with several processes, unless the weights are FSDP2's: DDP averages gradients only after the
-            weights here would have moved. Checked again at every step. And where a weight has had a gradient in some
-            of the passes to a step only, so that the others have moved without it.
+        RuntimeError: with several processes, unless the weights are sharded by FSDP2: DDP would average gradients only
+            after the weights have moved. Checked again at every step. Also if a weight had a gradient in only some
+            passes of a step, so that the others moved without it.
     """
 
     def __init__(
@@ -70,8 +70,8 @@ class release_gradients:
         self._optimizer = optimizer
         self._accumulation_steps = accumulation_steps
         self._clip = clip_tensor_norm
-        self._waiting: dict[Tensor, int] = {}  # for the last pass to their step, and the passes that they had
-        self._last_pass: int | None = None  # the backward pass in which weights have moved, of those to the last step
+        self._waiting: dict[Tensor, int] = {}  # for their step's last pass, with their passes so far
+        self._last_pass: int | None = None  # the backward pass that took the last step; None in later ones
         self._handles = []
         for group_index, group in enumerate(optimizer.param_groups):
             for index, p in enumerate(group["params"]):
@@ -91,7 +91,7 @@ class release_gradients:
         return step
 
     def _is_last_pass(self, p: Tensor) -> bool:
-        """Count a gradient of p; whether it is the last one before its step."""
+        """Count a gradient of p and return whether it is the last one before its step."""
         current = torch._C._current_graph_task_id()
         if self._last_pass not in (None, current):
             if self._waiting:
@@ -109,7 +109,7 @@ class release_gradients:
         return True
 
     def remove(self) -> None:
-        """Let the optimizer step by ``step()`` again. Gradients that are kept for accumulation stay in ``.grad``."""
+        """Remove the hooks, so that ``step()`` steps again. Gradients kept for accumulation stay in ``.grad``."""
         for handle in self._handles:
             handle.remove()
         self._handles = []

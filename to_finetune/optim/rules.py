@@ -1,4 +1,4 @@
-"""The update rules, one pure function a variant: the ground truth for every faster path.
+"""The update rules, one pure function per variant: the reference for every faster path.
 
 A Trainable Optimizer (TO) learns, beside the weights ``w``, a pseudo-linear model ``G = A w + b`` of the
 full gradient from the mini-batch gradients ``g``. One step takes a gradient step on the approximation loss
@@ -9,16 +9,16 @@ full gradient from the mini-batch gradients ``g``. One step takes a gradient ste
     b <- b - beta r
     w <- w - lr G            with G = A w + b from the new A and b
 
-The functions return new tensors, never write to their arguments, branch on no tensor's value, and so run in any
-floating dtype and under ``torch.vmap``: one leading dimension of members, each with its own lr, alpha, beta.
-Elementwise operations are in the order that is written here on every path; sums over a block are taken in float64 and
-rounded once, which makes them the same for any order of summation. So a faster path can be equal to the bit.
+The functions return new tensors, never write to their arguments and never branch on a tensor's value, so they run in
+any floating dtype and under ``torch.vmap``: one leading dimension of members, each with its own lr, alpha and beta.
+Every path performs the elementwise operations in the order written here. Sums over a block are accumulated in float64
+and rounded once, so they do not depend on the order of summation, and a faster path can be bit-identical.
 
-``b - beta r`` is written ``(1 - beta) b + beta (g - A w)``, which is the same number and makes a TO
-without slope (alpha = 0) equal to momentum bit for bit.
+``b - beta r`` is computed as ``(1 - beta) b + beta (g - A w)``: mathematically the same, but a TO without slope
+(alpha = 0) then equals momentum bit for bit.
 
 The guard is ours, not the paper's. One step multiplies the residual by ``1 - gamma``, ``gamma = alpha q + beta``
-with a variant's own ``q >= 0``, so the estimate can only contract while ``0 < gamma < 2``. The guard lowers alpha
+with the variant's own ``q >= 0``, so the estimate contracts only while ``0 < gamma < 2``. The guard lowers alpha
 so that ``gamma <= gamma_max``; ``gamma_max=None`` is the paper's exact update.
 """
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 SMALLEST_DIVISOR = 1e-30  # keeps every quotient finite in float32; squares below it count as zero
-Scalar = float | Tensor  # a Python number, or a 0-dim tensor (one value a member under vmap)
+Scalar = float | Tensor  # a Python number, or a 0-dim tensor (one value per member under vmap)
 
 
 class DiagonalStep(NamedTuple):
@@ -49,7 +49,7 @@ class RankOneStep(NamedTuple):
 
 
 class RankOneScalars(NamedTuple):
-    """What an element of a RankOne step needs to know of its block."""
+    """The per-block scalars that the elementwise part of a RankOne step uses."""
 
     s: Tensor  # v.w
     s_new: Tensor  # v.w with the new v
@@ -65,7 +65,7 @@ class FullStep(NamedTuple):
 
 
 class RankOneSums(NamedTuple):
-    """The scalars of a block that a RankOne step needs; each is a sum, so those of the block's pieces add up."""
+    """The sums over a block that a RankOne step needs; the sums over pieces of a block add up to them."""
 
     vw: Tensor
     ww: Tensor
@@ -88,14 +88,14 @@ def diagonal(
     relative_alpha: bool = False,
     mean_square: Tensor | None = None,
 ) -> DiagonalStep:
-    """One step of Diagonal TO, ``A = diag(a)``; ``q_i = w_i^2``.
+    """Compute one step of Diagonal TO, ``A = diag(a)``; ``q_i = w_i^2``.
 
     Args:
         w, g, a, b: weights, gradient, slope and offset, of one shape and dtype.
         lr, alpha, beta: the rates of w, a and b.
         gamma_max: the guard's bound on ``alpha w_i^2 + beta``; None switches it off.
         relative_alpha: (ours) alpha is in units of ``1 / mean(w^2)``.
-        mean_square: 0-dim mean of w^2 over the whole block, where w is a piece of it; None takes it from w.
+        mean_square: 0-dim mean of w^2 over the whole block, if w is only a piece of it; None computes it from w.
     """
     if relative_alpha:
         alpha = relative(alpha, mean_of_squares(w) if mean_square is None else mean_square)
@@ -122,16 +122,15 @@ def rank_one(
     relative_alpha: bool = False,
     sums: RankOneSums | None = None,
 ) -> RankOneStep:
-    """One step of RankOne TO, ``A = u v^T``; ``q = (v.w)^2 + ||u||^2 ||w||^2``.
+    """Compute one step of RankOne TO, ``A = u v^T``; ``q = (v.w)^2 + ||u||^2 ||w||^2``.
 
     Args:
         w, g, u, v, b: weights, gradient, the slope's factors and the offset, of one shape and dtype.
         lr, alpha, beta: the rates of w, of u and v, and of b.
         gamma_max: the guard's bound on ``alpha q + beta``; None switches it off.
-        relative_alpha: (ours) alpha is in units of ``1 / max(q, mean(w^2))``. q alone may be next to nothing
-            while u is zero and v happens to be orthogonal to w, and u would then grow without bound.
-        sums: the scalar products over the whole block, where the tensors are a piece of it; None takes
-            them from the tensors themselves.
+        relative_alpha: (ours) alpha is in units of ``1 / max(q, mean(w^2))``. q alone can be tiny while
+            u is zero and v happens to be nearly orthogonal to w, and u would then grow without bound.
+        sums: the sums over the whole block, if the tensors are only a piece of it; None computes them from the tensors.
     """
     if sums is None:
         sums = rank_one_sums(w, g, u, v, b)
@@ -145,7 +144,7 @@ def rank_one(
 
 
 def rank_one_scalars(sums: RankOneSums, alpha: Scalar, room: Scalar | None, relative_alpha: bool) -> RankOneScalars:
-    """The part of a RankOne step that is one number a block; the arguments may be vectors, one element a block."""
+    """Compute the per-block scalars of a RankOne step; the arguments may be vectors with one element per block."""
     s, ww, uu, ub, ug, n = sums
     c = s * uu + ub - ug  # u.r
     q = s * s + uu * ww
@@ -156,7 +155,7 @@ def rank_one_scalars(sums: RankOneSums, alpha: Scalar, room: Scalar | None, rela
 
 
 def rank_one_sums(w: Tensor, g: Tensor, u: Tensor, v: Tensor, b: Tensor) -> RankOneSums:
-    """The scalar products of a RankOne step over the given tensors, 0-dim each."""
+    """Compute the sums of a RankOne step over the given tensors, each 0-dim."""
     n = torch.full((), w.numel(), dtype=w.dtype, device=w.device)
     sums = (dot(v, w), sum_of_squares(w), sum_of_squares(u), dot(u, b), dot(u, g), n)
     return RankOneSums(*(x.to(w.dtype) for x in sums))
@@ -174,9 +173,9 @@ def full(
     gamma_max: float | None = 1.0,
     relative_alpha: bool = False,
 ) -> FullStep:
-    """One step of Full TO on a flat block of n weights; ``q = ||w||^2``.
+    """Compute one step of Full TO on a flat block of n weights; ``q = ||w||^2``.
 
-    The slope A enters only through the vector ``A w`` and leaves as a rank-one correction, so the caller
+    The slope A enters only through the vector ``A w``, and its update is a rank-one correction, so the caller
     may hold it as a matrix (`full_dense_product`) or as its exact history (`full_history_product`).
 
     Args:
@@ -199,35 +198,35 @@ def full(
 
 
 def full_dense_product(A: Tensor, w: Tensor) -> Tensor:
-    """``A w`` from the matrix A, (n, n)."""
+    """Return ``A w`` for the (n, n) matrix A."""
     return A @ w
 
 
 def full_dense_learn(A: Tensor, correction: Tensor, w: Tensor) -> Tensor:
-    """The new A, (n, n)."""
+    """Return the new A, (n, n)."""
     return A - correction.unsqueeze(-1) * w.unsqueeze(-2)
 
 
 def full_history_product(corrections: Tensor, weights: Tensor, w: Tensor) -> Tensor:
-    """``A w`` from the t past (correction, weights) pairs, (t, n) each: ``A = - sum_i correction_i w_i^T``.
+    """Return ``A w`` from the t past (correction, weights) pairs, (t, n) each: ``A = - sum_i correction_i w_i^T``.
 
-    Exact because A starts at zero. Costs ``2 t n`` multiplications and numbers where the matrix costs ``n^2``.
+    Exact because A starts at zero. Costs ``2 t n`` multiplications and stored numbers, the matrix ``n^2`` of each.
     """
     return -(corrections.mT @ (weights @ w))
 
 
 def rms_factor(norm: Tensor, n: float | Tensor) -> Tensor:
-    """(ours) One over the root mean square of n elements with this norm, in the norm's dtype; 0 for none."""
+    """(ours) Return one over the root mean square of n elements with this norm, in the norm's dtype; 0 if n is 0."""
     return _divide(n**0.5, norm)
 
 
 def relative(alpha: Scalar, unit: Tensor) -> Tensor:
-    """(ours) alpha in units of one over `unit`, which is at least 0."""
+    """(ours) Return ``alpha / unit``, for alpha in units of ``1 / unit`` and ``unit >= 0``."""
     return _divide(alpha, unit)
 
 
 def guard_room(gamma_max: float | None, beta: Scalar) -> Scalar | None:
-    """What the guard leaves for ``alpha q``; None where there is no guard."""
+    """Return the guard's upper bound on ``alpha q``; None without a guard."""
     if gamma_max is None:
         return None
     room = gamma_max - beta
@@ -251,16 +250,16 @@ def mean_of_squares(x: Tensor) -> Tensor:
 
 
 def guarded(alpha: Scalar, room: Scalar | None, q: Tensor) -> Scalar:
-    """alpha, lowered where ``alpha q`` would pass the room."""
+    """Return alpha, lowered wherever ``alpha q`` would exceed `room`; None is no bound."""
     return alpha if room is None else _divide(room, q).clamp(max=alpha)
 
 
 def _divide(x: Scalar, y: Tensor) -> Tensor:
-    """x over y >= 0, rounded once (torch multiplies a number by the reciprocal), and finite."""
+    """Return ``x / y`` for ``y >= 0``, finite and rounded once (torch multiplies a Python number by the reciprocal)."""
     over = x if isinstance(x, Tensor) else torch.full((), x, dtype=y.dtype, device=y.device)
     return over / y.clamp(min=SMALLEST_DIVISOR)
 
 
 def accumulator(device: torch.device) -> torch.dtype:
-    """What sums are taken in."""
+    """Return the dtype in which sums are accumulated."""
     return torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64

@@ -17,14 +17,14 @@ class Rates(NamedTuple):
 
 
 def rates_at(step: int | Tensor, group: Mapping[str, Any]) -> Rates:
-    """The rates of the step that follows `step` taken ones, so 0 for the first; tensors where `step` is one.
+    """Return the rates of the step after `step` steps, 0 for the first; they may be tensors if `step` is one.
 
     - ``constant``: the group's own.
     - ``exponential``: lr times ``lr_decay**step``, alpha and beta times ``alpha_decay**step``.
     - ``theorem``: ``lr/(step+t0)``, ``alpha/(step+t0)^2``, ``beta/(step+t0)``, for which the paper proves
       O(1/t) convergence of the error and of the estimate's variance on strongly convex problems.
 
-    A torch LR scheduler changes the group's lr and so multiplies with any of them.
+    A torch LR scheduler changes the group's lr, so its factor multiplies with any of these.
     """
     lr, alpha, beta = group["lr"], group["alpha"], group["beta"]
     if group["schedule"] == "constant":
@@ -37,5 +37,5 @@ def rates_at(step: int | Tensor, group: Mapping[str, Any]) -> Rates:
 
 
 def decoupled_decay(group: Mapping[str, Any], rates: Rates) -> float | Tensor:
-    """The factor of w that a step takes away beside the step itself: lr times the decoupled weight decay."""
+    """Return the fraction of w that decoupled weight decay subtracts in a step: ``lr * weight_decay``, or 0."""
     return rates.lr * group["weight_decay"] if group["decoupled_weight_decay"] else 0.0

@@ -1,8 +1,9 @@
-"""Weights in pieces: which run of which parameter this process holds, as DTensors and DeepSpeed's ZeRO lay them out.
+"""Sharded weights: which run of which parameter this process holds under DTensor and DeepSpeed's ZeRO.
 
-Every path of a step works on `Member`s, plain tensors of this process alone. What they are pieces of, and who holds the
-rest, is found here; the sums over whole parameters are in `blocks`. DeepSpeed puts flat partitions in the place of the
-parameters that the optimizer was given; the map back is on those parameters, where DeepSpeed keeps it for its own use.
+Every path of a step works on `Member`s, plain tensors local to this process. This module finds out which parameters
+they are pieces of and which processes hold the rest; the sums over whole parameters are in `blocks`. DeepSpeed replaces
+the parameters that the optimizer was given by flat partitions; the mapping back is read from attributes that DeepSpeed
+sets on those parameters for its own use.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from to_finetune.optim.state import blocks_of, exponents_name, new_state, pack, unpack_
 
-Shards = tuple[ProcessGroup, ...]  # the processes that together hold a parameter; empty where each one has all of it
+Shards = tuple[ProcessGroup, ...]  # the processes that a parameter is sharded over; empty if each holds all of it
 
 
 @dataclass(slots=True, eq=False)
@@ -29,11 +30,11 @@ class Member:
 
     Attributes:
         position: the parameter's index among all that the optimizer was given.
-        p, grad, state: of this process, plain tensors; the state's 0-dim counters are the owner's.
+        p, grad, state: this process's, plain tensors; the state's 0-dim counters are the owner's.
         owner: the tensor in the parameter group whose state this is.
         numel: the number of weights of the whole parameter.
-        first: the index of the run's first weight in the flattened parameter; None where the weights lie scattered.
-        shards: who holds the rest.
+        first: the index of the run's first weight in the flattened parameter; None if its weights are scattered.
+        shards: the processes that hold the rest.
     """
 
     position: int
@@ -47,14 +48,14 @@ class Member:
 
     @property
     def is_flat(self) -> bool:
-        """Whether it lies in a partition of DeepSpeed's."""
+        """Whether it is part of a flat DeepSpeed partition."""
         return self.p is not self.owner and not isinstance(self.owner, DTensor)
 
 
 class Given(NamedTuple):
-    """The parameters of a group as the optimizer was given them; DeepSpeed replaces them by others."""
+    """The parameters of a group as the optimizer was given them, before DeepSpeed replaces them."""
 
-    begin: int  # index of the first one among all of the optimizer
+    begin: int  # index of the first one among all of the optimizer's
     refs: list[weakref.ref[Tensor]]
     shapes: list[torch.Size]
     options: dict[str, Any]  # of the group, without lr, which a schedule changes
@@ -85,19 +86,19 @@ class Run(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What an owner holds: one run, or a flat partition's many."""
+    """The runs that an owner holds: one, or a flat partition's many."""
 
     runs: list[Run]
     shards: Shards
-    is_flat: bool = False  # DeepSpeed's
-    is_part: bool = False  # other weights of the group are stepped apart
+    is_flat: bool = False  # a DeepSpeed partition
+    is_part: bool = False  # other weights of the group are stepped separately
 
     def exponents(self) -> int:
-        """How many blocks of 32 the runs touch."""
+        """Return how many blocks of 32 the runs touch."""
         return sum(self._blocks())
 
     def split(self, exponents: Tensor) -> Sequence[Tensor]:
-        """Those of each run."""
+        """Split exponents into those of each run."""
         return exponents.split(self._blocks())
 
     def _blocks(self) -> list[int]:
@@ -105,15 +106,15 @@ class Layout(NamedTuple):
 
 
 def given(params: Sequence[Tensor], begin: int, options: dict[str, Any]) -> Given:
-    """A record of these parameters that does not keep them alive."""
+    """Record these parameters without keeping them alive."""
     return Given(begin, [weakref.ref(p) for p in params], [getattr(p, "ds_shape", p.shape) for p in params], options)
 
 
 def layout_of(p: Tensor, index: int, known: Given) -> Layout:
-    """What p, the `index`-th of its group's tensors, holds of the parameters that the optimizer was given.
+    """Return the layout of p, the `index`-th tensor of its group: which runs of the given parameters it holds.
 
     Raises:
-        RuntimeError: where a wrapper has replaced them in a way that is not understood.
+        RuntimeError: if a wrapper has replaced the parameters in an unsupported way.
     """
     if isinstance(p, DTensor):
         return _layout_of_dtensor(p, known.begin + index)
@@ -135,7 +136,7 @@ def layout_of(p: Tensor, index: int, known: Given) -> Layout:
 
 
 def stand_ins(params: Sequence[Tensor], known: Given) -> Sequence[Tensor]:
-    """A group's tensors: its parameters, or what DeepSpeed puts there; ZeRO-3 does so during a step only."""
+    """Return a group's parameters, or DeepSpeed's partitions, which ZeRO-3 puts into the group only during a step."""
     zero = next((q._z3_optimizer for ref in known.refs if hasattr(q := ref(), "_z3_optimizer")), None)  # type: ignore[union-attr]
     if params or zero is None:
         return params
@@ -148,7 +149,7 @@ def stand_ins(params: Sequence[Tensor], known: Given) -> Sequence[Tensor]:
 
 
 def refresh_model(model: Any, members: Sequence[Member]) -> None:
-    """Copy DeepSpeed's partitions, which were changed from outside, into the model's weights on all processes."""
+    """Copy DeepSpeed's partitions, after a change from outside, into the model's weights on all processes."""
     if not any(member.is_flat for member in members):
         return
     zero = getattr(model, "optimizer", None)
@@ -164,7 +165,7 @@ def refresh_model(model: Any, members: Sequence[Member]) -> None:
 
 
 def members_of(layout: Layout, p: Tensor, grad: Tensor, state: dict[str, Tensor]) -> list[Member]:
-    """The members that p consists of."""
+    """Return the members that p consists of."""
     if isinstance(p, DTensor):
         if isinstance(grad, DTensor) and grad.placements != p.placements:
             grad = grad.redistribute(placements=p.placements)
@@ -184,7 +185,7 @@ def members_of(layout: Layout, p: Tensor, grad: Tensor, state: dict[str, Tensor]
 
 
 def cut(state: Mapping[str, Tensor], start: int, count: int, block: int, blocks: int) -> dict[str, Tensor]:
-    """The state of some of the weights: `count` from `start` on, whose int8 blocks are `blocks` from `block` on."""
+    """Return views of the state of `count` weights from `start` on, whose int8 blocks are `blocks` from `block` on."""
     views = {}
     for name, x in state.items():
         if x.dim() == 0:
@@ -197,7 +198,7 @@ def cut(state: Mapping[str, Tensor], start: int, count: int, block: int, blocks:
 
 
 def packed_state(layout: Layout, p: Tensor, state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """p's state with `names` as int16 (`state.pack`), of p's shape and sharded as p is."""
+    """Return p's state with `names` as int16 (`state.pack`), of p's shape and sharded as p is."""
     packed = {name: x for name, x in state.items() if not name.endswith(exponents_name(""))}
     for name in names:
         codes = local(state[name]).reshape(-1)
@@ -209,7 +210,7 @@ def packed_state(layout: Layout, p: Tensor, state: Mapping[str, Any], names: Seq
 
 
 def unpacked_state(layout: Layout, p: Tensor, state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The state of which `packed_state` made `state`."""
+    """Undo `packed_state`: return the int8 state."""
     unpacked = dict(state)
     for name in names:
         if state[name].dtype != torch.int16:
@@ -222,28 +223,28 @@ def unpacked_state(layout: Layout, p: Tensor, state: Mapping[str, Any], names: S
         codes = target.reshape(-1)
         for run, exponents in zip(layout.runs, layout.split(new[exponents_name(name)]), strict=True):
             unpack_(codes[run.here], exponents, packed[run.here], run.first or 0)
-        target.copy_(codes.view_as(target))  # which have memory of their own where it is not contiguous
+        target.copy_(codes.view_as(target))  # codes is a copy if target is not contiguous
         unpacked |= new
     return unpacked
 
 
 def _like(p: Tensor, part: Tensor) -> Tensor:
-    """This process's part as a tensor that is sharded as p is."""
+    """Return this process's part as a tensor that is sharded as p is."""
     if not isinstance(p, DTensor):
         return part
     return DTensor.from_local(part, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
 def local(x: Tensor) -> Tensor:
-    """This process's part of a tensor."""
+    """Return this process's part of a tensor."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def all_reduce(x: Tensor, shards: Shards, op: ReduceOp.RedOpType = ReduceOp.SUM) -> Tensor:
-    """x of all these processes together, on x's device."""
+    """Return x reduced over these processes, on x's device."""
     for group in shards:
         devices = [device.type for device in group._device_types]
-        # NCCL takes no sums over weights that lie in the CPU's memory.
+        # NCCL cannot reduce tensors in the CPU's memory.
         there = x.contiguous() if x.device.type in devices else x.to(devices[0])
         dist.all_reduce(there, op, group)
         x = there.to(x.device)
@@ -251,15 +252,15 @@ def all_reduce(x: Tensor, shards: Shards, op: ReduceOp.RedOpType = ReduceOp.SUM)
 
 
 def gathered(numel: int, pieces: Iterable[tuple[slice, Tensor]], like: Tensor, shards: Shards) -> Tensor | None:
-    """The flat tensor of which the processes hold these pieces, on process 0 and its CPU; None on the others.
+    """Gather the flat tensor whose pieces the processes hold, on process 0 and its CPU; None on the others.
 
     Args:
-        numel: of the whole tensor.
-        pieces: of this process, each with its place.
+        numel: the size of the whole tensor.
+        pieces: this process's pieces, each with its place.
         like: a tensor of the dtype and on the device of the pieces.
-        shards: all who hold pieces; they must all call it.
+        shards: the processes that hold pieces; all must call it.
     """
-    exact = torch.int32 if like.dtype == torch.int16 else like.dtype  # NCCL adds no int16
+    exact = torch.int32 if like.dtype == torch.int16 else like.dtype  # NCCL cannot sum int16
     whole = torch.zeros(numel, dtype=exact, device=like.device)
     for place, piece in pieces:
         whole[place] = piece.to(exact)
@@ -290,7 +291,7 @@ def _layout_of_dtensor(p: DTensor, position: int) -> Layout:
 
 
 def _layout_of_zero(originals: Sequence[Any], known: Given) -> Layout:
-    """ZeRO-1 and 2: this process's partition of the group's parameters, end to end."""
+    """Return the layout of ZeRO-1 and 2: this process's partition of the group's concatenated parameters."""
     runs = []
     for q in originals:
         here = getattr(q, "_hp_mapping", None)
@@ -304,7 +305,7 @@ def _layout_of_zero(originals: Sequence[Any], known: Given) -> Layout:
 
 
 def _layout_of_zero3(p: Tensor, originals: Sequence[Any], known: Given) -> Layout:
-    """ZeRO-3: a sub-group's parameters, of each this process's equal share, end to end."""
+    """Return the layout of ZeRO-3: this process's equal share of each of a sub-group's parameters, concatenated."""
     zero = next(q._z3_optimizer for q in originals if hasattr(q, "_z3_optimizer"))
     sub_group = next(i for i, flat in enumerate(zero.fp32_partitioned_groups_flat) if flat is p)
     processes = zero._get_sub_group_process_group(sub_group)

@@ -1,4 +1,4 @@
-"""How large the slopes are that a live optimizer has learned: a few numbers a tensor, the same in every layout."""
+"""Sizes of the slopes that a live optimizer has learned: a few numbers per tensor, the same in every layout."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from to_finetune.optim.sharding import Member, gathered
 from to_finetune.optim.state import read_at
 
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-SAMPLE = 1 << 16  # of a tensor's numbers, at most
+SAMPLE = 1 << 16  # elements of a tensor, at most
 
 
 class Slope(NamedTuple):
-    """The slope A of one tensor, from a sample of its numbers (all of them, of a tensor of up to 65,536).
+    """The slope A of one tensor, from a sample of its elements (all of them, if no more than 65,536).
 
     Attributes:
         size: DiagonalTO: the root mean square of a. RankOneTO: ``||u|| ||v||``, which is A's one singular value (with
@@ -34,9 +34,10 @@ class Slope(NamedTuple):
 
 @torch.no_grad()
 def slopes(optimizer: DiagonalTO | RankOneTO) -> dict[int, Slope]:
-    """By the parameters' positions, on process 0; nothing on the others. All processes call it.
+    """Measure the slopes, by parameter position, on process 0; the others get an empty dict.
 
-    No tensor is copied or gathered whole. Weights that are sharded by another dimension than the first are left out.
+    All processes must call it. No tensor is copied or gathered whole. Weights sharded along a dimension other than the
+    first are left out.
     """
     here: dict[int, list[Member]] = {}
     for member in optimizer.held():
@@ -54,7 +55,7 @@ def slopes(optimizer: DiagonalTO | RankOneTO) -> dict[int, Slope]:
 
 
 def _slope(numel: int, w: Tensor, *factors: Tensor) -> Slope:
-    """From samples of w and a, or of w, u and v."""
+    """Compute a slope from samples of w and a, or of w, u and v."""
     if len(factors) == 2:
         u, v = factors
         return Slope(_rms(u) * _rms(v) * numel, _rms(w), [])
@@ -63,17 +64,17 @@ def _slope(numel: int, w: Tensor, *factors: Tensor) -> Slope:
 
 
 def _sample(members: Sequence[Member], name: str | None) -> Tensor | None:
-    """Every so many of the numbers that all processes' members of a tensor have; on process 0 alone.
+    """Sample a tensor's elements at regular intervals, over all processes' members; None but on process 0.
 
     Args:
-        members: of this process.
-        name: of the state; None for the weights.
+        members: this process's members of the tensor.
+        name: the name of the state; None for the weights.
 
     Returns:
         Flat float32 on the CPU.
     """
     numel = members[0].numel
-    every = -(-numel // SAMPLE) | 1  # odd, so that it comes through all columns of a matrix
+    every = -(-numel // SAMPLE) | 1  # odd, so that the samples cover all columns of a matrix
     pieces = []
     for member in members:
         first = member.first or 0

@@ -1,15 +1,15 @@
-"""How weights and state are stored: float32, bfloat16 or int8 blocks, the last two rounded at random.
+"""Storage formats of weights and state: float32, bfloat16 and int8 blocks, the last two with stochastic rounding.
 
-A value that is stored in fewer bits than it was computed in is rounded up or down at random, so that its expectation is
-the exact value: updates too small for the format still add up, and a momentum decays to zero instead of stopping at the
-smallest code. A value that the format holds exactly is never changed. The random bits are a function of (seed, step,
-parameter, index of the element in the whole parameter): replicas agree, shards agree with the whole, and a resumed run
-repeats the interrupted one to the bit.
+A value stored in fewer bits than it was computed in is rounded up or down at random so that its expectation is the
+exact value: updates too small for the format still add up, and momentum decays to zero instead of getting stuck at the
+smallest code. A value that the format represents exactly is stored unchanged. The random bits are a function of (seed,
+step, parameter, index of the element in the whole parameter): replicas agree, shards agree with the unsharded
+parameter, and a resumed run repeats the interrupted one bit for bit.
 
-int8: 32 neighbours of the flattened parameter share an exponent e, stored as a byte; code c is the number
-``sign(c) c^2 2^(e - 127)``, and e is the smallest with which every value of the block is within the codes -127 ... 127.
-The square makes small codes fine; a power of two seldom changes, and while it does not, values that do not change keep
-their codes. 33 bytes hold 32 numbers.
+int8: 32 consecutive elements of the flattened parameter share an exponent e, stored as a byte. Code c represents
+``sign(c) c^2 2^(e - 127)``; e is the smallest exponent for which the codes -127 ... 127 cover every value of the block.
+The square makes small codes fine. A power of two seldom changes, and while it does not, unchanged values keep their
+codes. 33 bytes hold 32 numbers.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ Integer = TypeVar("Integer", int, Tensor)
 
 
 def exponents_name(name: str) -> str:
-    """The key of an int8 state's exponents beside its codes."""
+    """Return the key under which an int8 state's exponents are stored beside its codes."""
     return f"{name}_exponent"
 
 
 def blocks_of(first: int, count: int) -> int:
-    """How many blocks of 32 hold these weights, `count` from the flattened parameter's `first` on."""
+    """Return how many blocks of 32 hold the `count` weights from index `first` of the flattened parameter on."""
     return (first + count - 1) // BLOCK - first // BLOCK + 1 if count else 0
 
 
 def new_state(p: Tensor, name: str, dtype: torch.dtype, blocks: int) -> dict[str, Tensor]:
-    """State of p's shape that is zero: one tensor, and with int8 its uint8 exponents, one for each of `blocks`."""
+    """Return zero state of p's shape: one tensor and, for int8, its uint8 exponents, one per block."""
     state = {name: torch.zeros_like(p, dtype=dtype)}
     if dtype == torch.int8:
         state[exponents_name(name)] = torch.zeros(blocks, dtype=torch.uint8, device=p.device)
@@ -49,7 +49,7 @@ def new_state(p: Tensor, name: str, dtype: torch.dtype, blocks: int) -> dict[str
 
 
 def fill_(state: dict[str, Tensor], name: str, value: float) -> None:
-    """Set new state of a member to `value` everywhere."""
+    """Fill a member's new state with `value`."""
     target, exponents = state[name], state.get(exponents_name(name))
     if exponents is None:
         target.fill_(value)
@@ -57,11 +57,11 @@ def fill_(state: dict[str, Tensor], name: str, value: float) -> None:
     nearest = torch.full(target.shape, 1 << 15, device=target.device)
     codes, new_exponents = encode(torch.full(target.shape, value, device=target.device), nearest)
     target.copy_(codes)
-    exponents.copy_(new_exponents[:1].expand_as(exponents))  # the same value in every block, wherever it is cut
+    exponents.copy_(new_exponents[:1].expand_as(exponents))  # the same in every block, wherever a shard cuts it
 
 
 def read(state: dict[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
-    """The state as numbers in `dtype`."""
+    """Return the decoded state in `dtype`."""
     x = state[name]
     if x.dtype == torch.int8:
         x = decode(x, state[exponents_name(name)])
@@ -69,7 +69,7 @@ def read(state: dict[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
 
 
 def read_at(state: dict[str, Tensor], name: str, index: Tensor, first: int) -> Tensor:
-    """Some of a member's numbers, float32: those at the flat `index`; `first` is the member's own, as in `Member`."""
+    """Return the numbers at the flat `index` of a member's state, float32; `first` is that of the `Member`."""
     x = state[name].reshape(-1)[index].float()
     exponents = state.get(exponents_name(name))
     return x if exponents is None else x * x.abs() * _power(exponents[(first % BLOCK + index) // BLOCK].int())
@@ -84,7 +84,7 @@ def write_(
     skip: Tensor | None = None,
     peak: Tensor | None = None,
 ) -> None:
-    """Store `value` in `target`, in its format.
+    """Store `value` in `target`, in the target's format.
 
     Args:
         target: weights or state.
@@ -92,8 +92,8 @@ def write_(
         bits: `random_bits` of the weights; needed for bfloat16 and int8.
         stream: 0 for weights, 1, 2, ... for their state.
         exponents: those of int8 state.
-        skip: 0-dim bool; where it is true nothing changes.
-        peak: of int8, for a piece of one block: the block's largest absolute value, 0-dim.
+        skip: 0-dim bool; if true, nothing changes.
+        peak: for a piece of an int8 block: the whole block's largest absolute value, 0-dim.
     """
     if exponents is not None:
         assert bits is not None
@@ -106,21 +106,21 @@ def write_(
 
 
 def round_to_bfloat16(x: Tensor, random: Tensor) -> Tensor:
-    """float32 as bfloat16: up with the probability of the bits that are cut off; random: 16 bits an element."""
+    """Round float32 to bfloat16, up with the probability that the cut-off bits give; random: 16 bits per element."""
     bits = x.view(torch.int32)
     return torch.where(x.isnan(), bits, bits + random.to(torch.int32)).bitwise_and(-0x10000).view(x.dtype).bfloat16()
 
 
 def decode(codes: Tensor, exponents: Tensor) -> Tensor:
-    """int8 codes and uint8 exponents as float32, of the codes' shape."""
+    """Decode int8 codes and uint8 exponents to float32 of the codes' shape."""
     c = _blocks(codes.float())
     return _unblocked(c * c.abs() * _power(exponents.int()).unsqueeze(1), codes.shape)
 
 
 def encode(x: Tensor, random: Tensor, peak: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """float32 as int8 codes of the same shape and uint8 exponents, one for 32 elements; random: 16 bits an element.
+    """Encode float32 as int8 codes of its shape and uint8 exponents, one per 32 elements; random: 16 bits per element.
 
-    A piece of one block takes the whole block's `peak`, its largest absolute value, 0-dim.
+    For a piece of one block, `peak` is the largest absolute value of the whole block, 0-dim.
     A block that holds an infinity or NaN (or a number within 0.1 % of float32's largest) gets exponent 255 and reads
     back as non-finite.
     """
@@ -138,7 +138,7 @@ def encode(x: Tensor, random: Tensor, peak: Tensor | None = None) -> tuple[Tenso
 
 
 def pack(codes: Tensor, exponents: Tensor, first: int) -> Tensor:
-    """int8 state of a run of weights as int16, each code with its block's exponent: it can be cut anywhere.
+    """Pack the int8 state of a run of weights as int16, each code with its exponent, so that it can be cut anywhere.
 
     Args:
         codes: int8, flat.
@@ -150,7 +150,7 @@ def pack(codes: Tensor, exponents: Tensor, first: int) -> Tensor:
 
 
 def unpack_(codes: Tensor, exponents: Tensor, packed: Tensor, first: int) -> None:
-    """Write what `pack` made back into int8 state, of the same weights in any layout."""
+    """Write `packed`, made by `pack`, back into the int8 state of the same weights, in any layout."""
     codes.copy_(packed.to(torch.int8).view_as(codes))
     own = (packed.int() >> 8) & 0xFF
     starts = torch.arange(len(exponents), device=packed.device) * BLOCK - first % BLOCK
@@ -162,30 +162,30 @@ def state_key(seed: int, steps: int, positions: int) -> int: ...
 @overload
 def state_key(seed: int, steps: int | Tensor, positions: Tensor) -> Tensor: ...
 def state_key(seed: int, steps: Any, positions: Any) -> Any:
-    """The 32-bit key of the random bits of a parameter in a step; integers, or int64 vectors of one length."""
+    """Return the 32-bit key of a parameter's random bits in a step; integers, or int64 vectors of equal length."""
     words = mix((mix(seed & WORD) + (seed >> 32)) & WORD)
     return mix((mix((words + steps) & WORD) + positions * GOLDEN) & WORD)
 
 
 def random_bits(p: Tensor, key: int | Tensor) -> Tensor:
-    """32 random bits for each element of p, int64; of a sharded p for the local part."""
+    """Return 32 random bits for each element of p, int64; for a sharded p, of its local part."""
     return mix((global_index(p) + key) & WORD)
 
 
 def random16(bits: Tensor, stream: int) -> Tensor:
-    """16 of an element's random bits."""
+    """Return the 16 of each element's random bits that belong to a stream."""
     return bits & 0xFFFF if stream == 1 else ((bits * STREAMS[stream]) & WORD) >> 16
 
 
 def mix(x: Integer) -> Integer:
-    """A bijection of 32-bit words in which each bit depends on all."""
+    """Mix 32-bit words by a bijection in which each output bit depends on all input bits."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & WORD
     x = ((x ^ (x >> 15)) * 0x846CA68B) & WORD
     return x ^ (x >> 16)
 
 
 def global_index(p: Tensor) -> Tensor:
-    """Each element's index in the flattened parameter, int64; of a sharded p for the local part."""
+    """Return each element's index in the flattened parameter, int64; for a sharded p, of its local part."""
     if not isinstance(p, DTensor):
         return torch.arange(p.numel(), device=p.device).view(p.shape)
     shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
@@ -201,7 +201,7 @@ def _power(exponents: Tensor) -> Tensor:
 
 
 def _blocks(x: Tensor) -> Tensor:
-    """(blocks, 32), filled up with zeros."""
+    """Reshape to (blocks, 32), padded with zeros."""
     flat = x.reshape(-1)
     return torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
 

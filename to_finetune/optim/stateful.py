@@ -1,4 +1,4 @@
-"""Parameter groups and their state, whole or in pieces: made lazily, saved and loaded in any layout."""
+"""Parameter groups and their state, whole or sharded: created lazily, saved and loaded in any layout."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ WHOLES = "whole_tensors"  # in a saved group: see `universal`
 
 
 class StatefulOptimizer(Optimizer, ABC):
-    """What an optimizer holds, apart from what it does with it in a step."""
+    """The part of an optimizer that holds parameter groups and state, without the step itself."""
 
-    state_names: tuple[str, ...]  # of the weight's shape; they start at zero, or as `_start` says
-    block_names: tuple[str, ...] = ()  # of state that has another shape
+    state_names: tuple[str, ...]  # of the weight's shape; zero at first, or as `_start` sets them
+    block_names: tuple[str, ...] = ()  # of state with another shape
     state_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.int8)
     fast_paths: tuple[str, ...] = ()  # of "foreach" and "fused"
-    variant: str  # its name in the fused kernels and in what is saved
+    variant: str  # its name in the fused kernels and in saved files
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         self._given: list[Given] = []
@@ -67,14 +67,14 @@ class StatefulOptimizer(Optimizer, ABC):
         self._groups.append(group)
 
     def _remember(self, group: Group) -> None:
-        """Record another group, in whose parameters' place a wrapper may put others."""
+        """Record a new group as it was given, since a wrapper may replace its parameters."""
         params = group["params"]
         start = sum(len(known.refs) for known in self._given)
         self._given.append(given(params, start, options_of(group)))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # of a version that had fewer options
+        for group in self.param_groups:  # saved by a version with fewer options
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
             _name_to_dtype(group)
@@ -90,7 +90,7 @@ class StatefulOptimizer(Optimizer, ABC):
         """Drop what is remembered of the last step; for whoever changes weights or state through ``.data``."""
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any torch optimizer; int8 state as int16, each number with its exponent, which any layout can load."""
+        """Return torch's state dict, with int8 state as int16 (code and exponent) that any layout can load."""
         saved = super().state_dict()
         tensors = chain.from_iterable(group["params"] for group in self.param_groups)
         numbers = dict(
@@ -107,7 +107,7 @@ class StatefulOptimizer(Optimizer, ABC):
                 state = universal.renamed(state)
             saved["state"][numbers[p]] = state
         for group in saved["param_groups"]:
-            if isinstance(group["state_dtype"], torch.dtype):  # which torch's own tools for state dicts do not take
+            if isinstance(group["state_dtype"], torch.dtype):  # torch's own tools for state dicts reject it
                 group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
         if wholes:
             saved["param_groups"][0][WHOLES] = wholes
@@ -116,15 +116,15 @@ class StatefulOptimizer(Optimizer, ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a saved state, keeping each tensor's saved dtype (torch would cast it to the weight's).
 
-        Counts stay on the CPU, so that reading one never waits for a device, unless the device itself counts.
+        Counters stay on the CPU, where reading them never waits for a device, unless the device itself counts.
 
         Raises:
-            ValueError: for other parameter groups.
-            RuntimeError: for the state of another optimizer, or of weights of other shapes.
+            ValueError: if the saved parameter groups differ from the optimizer's.
+            RuntimeError: if the state is another optimizer's, or of weights of other shapes.
         """
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             for i, (p, saved_id) in enumerate(zip(group["params"], saved["params"], strict=False)):
-                if not self._layout(group, i, p).is_flat:  # whose state has DeepSpeed's names
+                if not self._layout(group, i, p).is_flat:  # else the state has DeepSpeed's names
                     self._check_state(self._known(group).begin + i, p, state_dict["state"].get(saved_id, {}))
         super().load_state_dict(state_dict)
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
@@ -142,7 +142,7 @@ class StatefulOptimizer(Optimizer, ABC):
         self.param_groups[0].pop(WHOLES, None)
 
     def _check_state(self, position: int, p: Tensor, saved: Mapping[str, Any]) -> None:
-        """Refuse what is no state of this optimizer for a tensor of p's shape; the kernels would take it as it is."""
+        """Raise unless `saved` is this optimizer's state for a tensor of p's shape; the kernels do not check."""
         names = saved.keys() - {*COUNTERS, *self.block_names}
         if saved and names != set(self.state_names):
             raise RuntimeError(
@@ -157,7 +157,7 @@ class StatefulOptimizer(Optimizer, ABC):
                 )
 
     def _owners(self) -> Iterator[tuple[Tensor, Group, Layout]]:
-        """The tensors that have state, each with its group and layout."""
+        """Yield the tensors that have state, each with its group and layout."""
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
                 if self.state.get(p):
@@ -165,19 +165,19 @@ class StatefulOptimizer(Optimizer, ABC):
 
     @torch.no_grad()
     def held(self) -> list[Member]:
-        """All that this process holds: weights and state, made here if there is none, and no gradients."""
+        """Return the members for all weights on this process, without gradients; missing state is created."""
         pairs = [(group, p, layout) for group in self.param_groups for p, layout in self.layouts(group)]
         return [member for group, p, layout in pairs for member in self._members_of(group, p, p, layout)]
 
     def names(self, parameters: Mapping[str, Tensor]) -> list[str]:
-        """The name of each parameter, in the optimizer's order, of those in a model.
+        """Return the name of each of the optimizer's parameters, in its order, given a model's parameters by name.
 
         Raises:
-            RuntimeError: where the model does not have one of them.
+            RuntimeError: if the model does not have one of them.
         """
         by_tensor = {p: name for name, p in parameters.items()}
         names = []
-        for group, known in zip(self._groups, self._given, strict=True):  # DeepSpeed drops empty ones of param_groups
+        for group, known in zip(self._groups, self._given, strict=True):  # DeepSpeed drops empty groups of param_groups
             for i, ref in enumerate(known.refs):
                 here = [p for p in (ref(), *group["params"][i : i + 1]) if p is not None and p in by_tensor]
                 if not here:
@@ -189,7 +189,7 @@ class StatefulOptimizer(Optimizer, ABC):
         return next(known for known, own in zip(self._given, self._groups, strict=True) if own is group)
 
     def layouts(self, group: Group) -> list[tuple[Tensor, Layout]]:
-        """All tensors of a group, also while ZeRO-3 hides them."""
+        """Return all tensors of a group with their layouts, even while ZeRO-3 hides them."""
         tensors = stand_ins(group["params"], self._known(group))
         return [(p, self._layout(group, i, p)) for i, p in enumerate(tensors)]
 
@@ -199,12 +199,12 @@ class StatefulOptimizer(Optimizer, ABC):
         return layout
 
     def _members(self, group: Group) -> list[Member]:
-        """What this process holds of the group's parameters that have a gradient."""
+        """Return this process's members of the group's parameters that have a gradient."""
         layouts = [(p, self._layout(group, i, p)) for i, p in enumerate(group["params"]) if p.grad is not None]
         return [member for p, layout in layouts for member in self._members_of(group, p, p.grad, layout)]
 
     def _members_of(self, group: Group, p: Tensor, grad: Tensor, layout: Layout) -> list[Member]:
-        """The members of one tensor of the group, with their state, made here if there is none."""
+        """Return the members of one tensor of the group with their state, created if missing."""
         if grad.is_sparse:
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients.")
         if layout.is_flat and "exp_avg" in self.state.get(p, {}):
@@ -219,8 +219,8 @@ class StatefulOptimizer(Optimizer, ABC):
         return members
 
     def _take_from_deepspeed(self, group: Group, p: Tensor, layout: Layout) -> None:
-        """Make our state of what DeepSpeed has loaded from a universal checkpoint."""
-        group.update(self._known(group).options)  # it gives each group the first one's
+        """Convert the state that DeepSpeed has loaded from a universal checkpoint to ours."""
+        group.update(self._known(group).options)  # DeepSpeed gives each group the first one's
         wholes = self._groups[0].get(WHOLES, {})
         dtype = group["state_dtype"] or compute_dtype(p)
         self.state[p] = universal.taken(layout, p, self.state[p], self.state_names, dtype, wholes)
@@ -234,21 +234,21 @@ class StatefulOptimizer(Optimizer, ABC):
         return state
 
     def _start(self, group: Group, members: Sequence[Member]) -> None:
-        """Set what of new state does not start at zero."""
+        """Initialize the new state that does not start at zero."""
 
 
 def options_of(group: Group) -> Group:
-    """All but lr, which a schedule changes."""
+    """Return all options of a group but lr, which a schedule changes."""
     return {name: value for name, value in group.items() if name not in ("params", "lr")}
 
 
 def compute_dtype(p: Tensor) -> torch.dtype:
-    """float32 for weights up to 32 bits, float64 for float64."""
+    """Return float32 for weights of up to 32 bits, float64 for float64."""
     return torch.promote_types(p.dtype, torch.float32)
 
 
 def _counting_device(group: Group, p: Tensor) -> torch.device:
-    """Where p's steps are counted: on the CPU, where reading them never waits, unless the device itself decides."""
+    """Return where p's steps are counted: the CPU, where reading never waits, unless the device itself must count."""
     return p.device if group["capturable"] or group["skip_nonfinite"] else torch.device("cpu")
 
 

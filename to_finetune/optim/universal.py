@@ -1,9 +1,9 @@
-"""DeepSpeed's universal checkpoint, which knows two states of an optimizer only, ``exp_avg`` and ``exp_avg_sq``.
+"""DeepSpeed's universal checkpoint, which knows only two optimizer states, ``exp_avg`` and ``exp_avg_sq``.
 
-Under ZeRO a state dict has the offset b and the slope (a, or u) under these names, so that
-``python -m deepspeed.checkpoint.ds_to_universal`` takes them; RankOne's v, which it would drop, goes whole into the
-first group's options, which it copies. A loaded run gets its own names back at its first step. The loader makes all
-state float32, which holds what it was exactly, and gives every group the first one's options, which are put back.
+Under ZeRO, a state dict has the offset b and the slope (a or u) under these names, so that
+``python -m deepspeed.checkpoint.ds_to_universal`` converts them. RankOne's v, which it would drop, goes unsharded into
+the first group's options, which it copies. The first step after loading restores our names. DeepSpeed's loader also
+casts all state to float32, without loss, and gives every group the first one's options; both are undone too.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from torch import Tensor
 from to_finetune.optim.sharding import Layout, gathered, unpacked_state
 
 NAMES = {"b": "exp_avg", "a": "exp_avg_sq", "u": "exp_avg_sq"}
-WHOLE = "v"  # what goes whole into the options, under this name
+WHOLE = "v"  # the state that goes unsharded into the options
 
 
 def renamed(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A partition's state under DeepSpeed's names."""
+    """Return a partition's state under DeepSpeed's names."""
     return {NAMES.get(name, name): x for name, x in state.items()}
 
 
 def named_back(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of which `renamed` made `state`."""
+    """Undo `renamed`: return the state under our names."""
     slope = "u" if WHOLE in state else "a"
     back = {"exp_avg": "b", "exp_avg_sq": slope}
     return {back.get(name, name): x for name, x in state.items()}
 
 
 def whole(layout: Layout, flat: Tensor) -> dict[int, Tensor]:
-    """The tensors of which the processes hold pieces, by position, on process 0; nothing on the others."""
+    """Gather the tensors whose pieces the processes hold, by position, on process 0; the others get an empty dict."""
     tensors = {}
     for run in layout.runs:
         tensor = gathered(run.numel, [(run.there, flat[run.here])], flat, layout.shards)
@@ -50,13 +50,13 @@ def taken(
     dtype: torch.dtype,
     wholes: Mapping[int, Tensor],
 ) -> dict[str, Any]:
-    """The state of a partition as DeepSpeed's universal loader has left it, in our names and formats.
+    """Convert a partition's state, as DeepSpeed's universal loader left it, to our names and formats.
 
     Args:
         layout, p: of the partition.
         state: with DeepSpeed's names, float32.
         names, dtype: of our state.
-        wholes: what `whole` made, of all partitions.
+        wholes: the tensors that `whole` gathered, of all partitions.
     """
     own = dict(state)
     if WHOLE in names:

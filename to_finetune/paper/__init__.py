@@ -1,1 +1,1 @@
-"""The paper's experiments, each with a command: `to-finetune reproduce`. Stands on `to_finetune.optim` alone."""
+"""The paper's experiments, run by `to-finetune reproduce` with the optimizers and rules of `to_finetune.optim`."""

@@ -1,4 +1,4 @@
-"""Which experiments there are, and how each is run: a case is one row of a table."""
+"""The experiments and how each is run: a case is one row of a table."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Protocol:
     """How cases are run: the rates are chosen on seed 0 and judged on other seeds.
 
     epochs: for each data set; an incomplete batch at the end of an epoch is left out.
-    screened: after so many evaluations, the loss taken over `screening_rows`, the tuning drops all but the best twelfth
-        of each schedule's trials by each criterion.
-    evaluations: how often the full training loss is taken, evenly, beside once at the start.
-    thinned: of each method's trials, one in so many is made.
+    screened: after this many evaluations over `screening_rows`, the tuning drops all but the best twelfth of each
+        schedule's trials by each criterion.
+    evaluations: the number of evenly spaced full training losses, besides one at the start.
+    thinned: run only one in this many of each method's trials.
     """
 
     name: str

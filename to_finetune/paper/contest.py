@@ -1,7 +1,7 @@
-"""One case: every method's rates are chosen on one seed, with equal numbers of trials, and judged on others.
+"""Run one case: each method's rates are tuned on one seed, with equal numbers of trials, and judged on others.
 
-All trials are screened over a part of the training; the best twelfth by each criterion, schedule by schedule, are
-trained to the end from the start, and chosen from by the full training loss.
+All trials are screened over part of the training. The best twelfth of each schedule's trials by each criterion is then
+trained again, from the start to the end, and the winner is chosen by the full training loss.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from to_finetune.paper.members import Problem, train
 from to_finetune.paper.methods import METHODS, SCHEDULES, Method, Trial
 from to_finetune.paper.tuning import CRITERIA, DIGITS, TUNING_SEED, Losses, choose, points, rounded
 
-WIDENINGS = 12  # of a grid, each by a factor of the square root of ten at the end where its winner stands
-Progress = Callable[[str, int, int], None]  # what is being done, member steps done since the last call, of how many
+WIDENINGS = 12  # of a grid at most, each by a factor of sqrt(10) at the end where a winner is
+Progress = Callable[[str, int, int], None]  # takes a description, the member steps since the last call, and the total
 
 
 def run(case: Case, data: Classification, protocol: Protocol, progress: Progress) -> dict[str, Any]:
-    """Tune and judge every method; the result is JSON, its losses rounded to nine digits, null once diverged."""
+    """Tune and judge every method; return JSON with losses rounded to nine digits, null once diverged."""
     problem = Problem(with_ones(data), data.y, data.classes, case.hidden, case.l2)
     steps = protocol.steps(case.dataset, len(data.y))
     methods = {}
@@ -46,7 +46,7 @@ def run(case: Case, data: Classification, protocol: Protocol, progress: Progress
 
 
 def with_ones(data: Classification) -> torch.Tensor:
-    """The inputs and a column of ones, (rows, features + 1)."""
+    """Append a column of ones to the inputs, (rows, features + 1)."""
     return torch.cat([data.x, torch.ones_like(data.x[:, :1])], dim=1)
 
 
@@ -57,7 +57,7 @@ def thinned_trials(method: Method, thinned: int, lrs: list[float]) -> list[Trial
 def tuning_losses(
     problem: Problem, method: Method, protocol: Protocol, steps: int, progress: Progress, trials: list[Trial]
 ) -> list[Losses]:
-    """Of each trial on the tuning seed; NaN after the screening for those that are not promising."""
+    """Return each trial's losses on the tuning seed; NaN after the screening unless it is promising."""
 
     def losses(trials: list[Trial], what: str, stop_after: int | None, rows: torch.Tensor | None) -> list[Losses]:
         total = len(trials) * points(steps, protocol.evaluations)[-1 if stop_after is None else stop_after]
@@ -84,7 +84,7 @@ def tuning_losses(
 
 
 def promising(trials: list[Trial], curves: list[Losses]) -> list[int]:
-    """The indices of the best twelfth of each schedule's trials by each criterion, in order; at least one of each."""
+    """Return the sorted indices of the best twelfth of each schedule's trials by each criterion, at least one each."""
     kept: set[int] = set()
     for schedule in SCHEDULES:
         of_schedule = [i for i, trial in enumerate(trials) if trial["schedule"] == schedule]
@@ -102,7 +102,7 @@ def judge(
     steps: int,
     progress: Progress,
 ) -> dict[str, list[list[float | None]]]:
-    """The full training loss of each criterion's winner, a list a seed; no list where all trials diverged."""
+    """Return the full training losses of each criterion's winner, one list per seed; none if all trials diverged."""
     trials: list[Trial] = []
     for winner in winners.values():
         if winner and winner not in trials:

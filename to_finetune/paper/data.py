@@ -57,14 +57,14 @@ class Images(NamedTuple):
 
 
 def load(name: str, data_dir: Path | None) -> Classification:
-    """The training rows of one of `NAMES`.
+    """Load the training rows of one of `NAMES`.
 
     Args:
-        data_dir: a folder with upstream's files, in folders as in `FILES` or not, gzipped or not; without it
-            scikit-learn downloads the set and keeps it.
+        data_dir: a folder with upstream's files, in subfolders as in `FILES` or not, gzipped or not; without it
+            scikit-learn downloads and caches the data set.
 
     Raises:
-        UsageError: for a name that is not known, data that are missing or malformed, or a download that fails.
+        UsageError: for an unknown name, data that are missing or malformed, or a download that fails.
     """
     loaders = {"smallnorb": _smallnorb, "covtype": _covtype, "kdd": _kdd, "news20": _news20, "mnist": _mnist}
     if name not in loaders:
@@ -73,7 +73,7 @@ def load(name: str, data_dir: Path | None) -> Classification:
 
 
 def load_cifar10(data_dir: Path | None) -> Images:
-    """The 50,000 training images of CIFAR-10; without data_dir from the Hugging Face hub.
+    """Load the 50,000 training images of CIFAR-10; without data_dir, from the Hugging Face hub.
 
     Raises:
         UsageError: for data that are missing or malformed, or a download that fails.
@@ -139,7 +139,7 @@ def _news20(data_dir: Path | None) -> Classification:
     from sklearn.datasets import fetch_20newsgroups, load_files
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    if data_dir is None:  # not shuffled once more: the rows are then in the order of load_files, as below
+    if data_dir is None:  # not reshuffled, so that the rows are in the order of load_files, as below
         texts = _download("news20", lambda: fetch_20newsgroups(subset="train", shuffle=False))
     else:
         [folder] = _find(data_dir, "news20")
@@ -180,7 +180,7 @@ def _classification(name: str, x: np.ndarray, y: np.ndarray, classes: int, how: 
 
 
 def _find(data_dir: Path, name: str) -> list[Path]:
-    """The files of a set, each in its own folder or in data_dir itself, as upstream has it or unpacked."""
+    """Find the files of a data set, each in its own folder or in data_dir itself, gzipped as upstream or unpacked."""
     if not data_dir.is_dir():
         raise UsageError(f"--data_dir {data_dir} is not a folder.")
     found = []
@@ -197,7 +197,7 @@ def _find(data_dir: Path, name: str) -> list[Path]:
 def _download(name: str, fetch: Callable[[], Any]) -> Any:
     try:
         return fetch()
-    except Exception as error:  # sklearn, datasets and the network libraries below them have no kind in common
+    except Exception as error:  # sklearn, datasets and their network libraries share no exception type
         files = ", ".join(FILES[name])
         reason = shorten(str(error), 200) or type(error).__name__
         raise UsageError(
@@ -220,12 +220,12 @@ def _csv(path: Path, row: np.dtype) -> np.ndarray:
     try:
         return np.loadtxt(lines, row, comments=None, delimiter=",", ndmin=1)
     except ValueError as error:
-        reason = str(error).partition("; use")[0]  # and not what a caller of numpy could do
+        reason = str(error).partition("; use")[0]  # without numpy's advice to its callers
         raise UsageError(f"{path} is malformed: {reason}") from error
 
 
 def _matrix(path: Path, start: bytes, size: str, row: tuple[int, ...], dtype: str, unused: int = 0) -> np.ndarray:
-    """The rows of an IDX or a NORB file: `start`, the sizes (and `unused` more of them), the numbers."""
+    """Read the rows of an IDX or NORB file: the bytes `start`, the sizes (and `unused` more), the numbers."""
     content = _content(path)
     data_at = len(start) + np.dtype(size).itemsize * (1 + len(row) + unused)
     if not content.startswith(start):
@@ -248,7 +248,7 @@ def _pixels(images: np.ndarray) -> np.ndarray:
 
 
 def _scaled(numbers: np.ndarray) -> np.ndarray:
-    """Every column from 0, its least, to 1, its greatest value: float32."""
+    """Scale every column so that its least value is 0 and its greatest 1; return float32."""
     from sklearn.preprocessing import MinMaxScaler
 
     return MinMaxScaler().fit_transform(numbers).astype(np.float32)
@@ -257,7 +257,7 @@ def _scaled(numbers: np.ndarray) -> np.ndarray:
 def _cifar_batch(path: Path) -> Images:
     content = _content(path)
     try:
-        batch = pickle.loads(content, encoding="bytes")  # upstream's format, of Python 2: text is bytes in it
+        batch = pickle.loads(content, encoding="bytes")  # upstream's format is of Python 2, where text is bytes
         y = torch.tensor(batch[b"labels"])
         x = torch.from_numpy(batch[b"data"]).reshape(len(y), 3, 32, 32)
     except Exception as error:  # what pickle raises depends on where the file is broken

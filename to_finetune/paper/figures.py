@@ -1,4 +1,4 @@
-"""The figures, each an SVG and a PNG: loss curves of the cases, and what the theorems say over time."""
+"""The figures, each as SVG and PNG: loss curves of the cases, and measurements of what the theorems claim."""
 
 # mypy: disable-error-code="import-untyped"
 from __future__ import annotations
@@ -19,7 +19,7 @@ from to_finetune.files import whole
 from to_finetune.paper.statistics import Curve
 from to_finetune.paper.tables import COMPARED, GROUPS, Results, label
 
-INK, BACKGROUND = "#1b1f24", "#ffffff"  # the page puts its own in their place
+INK, BACKGROUND = "#1b1f24", "#ffffff"  # the page replaces them by its own
 COLOURS = {  # Okabe and Ito: safe for colour-blind eyes
     "adam": INK,
     "momentum": "#E69F00",
@@ -37,7 +37,7 @@ STYLE = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
     **{"figure.facecolor": BACKGROUND, "axes.facecolor": "none", "svg.hashsalt": "to_finetune"},
 }
-SHOWN = 0.97  # of all points, on the axes from 0 to 1
+SHOWN = 0.97  # share of all points that the axes from 0 to 1 show
 WIDTH = 7.2  # inches: two columns of a page
 DOTS_PER_INCH = 200
 GUIDE: dict[str, Any] = {"color": "#8a8f98", "linestyle": (0, (5, 3)), "linewidth": 1.2, "label": "slope −1"}
@@ -73,7 +73,7 @@ BOUNDS = (
 
 
 class Band(NamedTuple):
-    """Losses over the seeds, from the first evaluation behind the start to the last at which no seed has diverged."""
+    """Losses over the seeds, from the first evaluation after the start to the last at which no seed has diverged."""
 
     steps: list[float]
     mean: list[float]
@@ -88,7 +88,7 @@ class Drawn(NamedTuple):
 
 
 def draw(results: Results, theory: Mapping[str, Any] | None) -> dict[str, Drawn]:
-    """Every figure that there are results for."""
+    """Draw every figure that there are results for."""
     drawn = {}
     with rc_context(STYLE):
         for name, group in CURVES.items():
@@ -106,7 +106,7 @@ def draw(results: Results, theory: Mapping[str, Any] | None) -> dict[str, Drawn]
 
 
 def write(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
-    """Save each as an SVG, with no trace of when and by what it was made, and as a PNG; the paths."""
+    """Save each as SVG and PNG, without metadata of when and by what it was made; return the paths."""
     written = []
     traceless = {"svg": dict.fromkeys(("Date", "Creator", "Format", "Type")), "png": {"Software": None}}
     for name, figure in figures.items():
@@ -114,13 +114,13 @@ def write(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
             path = folder / f"{name}.{ending}"
             with whole(path) as beside, rc_context(STYLE):
                 figure.savefig(beside, format=ending, dpi=DOTS_PER_INCH, metadata=metadata)
-            figure.set_layout_engine("none")  # what the first save has laid out stays
+            figure.set_layout_engine("none")  # keep the layout of the first save
             written.append(path)
     return written
 
 
 def loss_curves(cases: Results, standardised: bool) -> Figure:
-    """A panel a case."""
+    """Draw one panel per case."""
     columns = 4 if len(cases) > 4 else min(len(cases), 2)
     rows = ceil(len(cases) / columns)
     figure = Figure(figsize=(WIDTH, 0.6 + rows * (1.5 if columns == 4 else 2.4)), layout="constrained")
@@ -147,7 +147,7 @@ def loss_curves(cases: Results, standardised: bool) -> Figure:
 
 
 def band(steps: Sequence[int], curves: Sequence[Curve]) -> Band:
-    """Of the losses at the steps, a curve a seed."""
+    """Summarise the losses at the steps over the seeds, one curve each."""
     found = Band([], [], [], [])
     for step, losses in list(zip(steps, zip(*curves, strict=True), strict=False))[1:]:
         known = [loss for loss in losses if loss is not None]
@@ -159,7 +159,7 @@ def band(steps: Sequence[int], curves: Sequence[Curve]) -> Band:
 
 
 def _standardised(bands: Mapping[str, Band]) -> dict[str, Band]:
-    """Steps over the last; losses such that the means of all methods reach from 0 to 1, but for the highest of them."""
+    """Divide steps by the last one, and scale losses so that all but the highest means lie between 0 and 1."""
     means = sorted(loss for one in bands.values() for loss in one.mean)
     if not means:  # all methods diverged
         return dict(bands)
@@ -182,7 +182,7 @@ def _panel(axes: Axes, bands: Mapping[str, Band]) -> None:
 
 
 def _line(method: str) -> dict[str, Any]:
-    """Equal lines show each other: one that is drawn later is thinner, or its dashes fall into the others' gaps."""
+    """Style a method's line so that equal lines stay visible: later ones are thinner, or dashed into others' gaps."""
     base = method.removesuffix("_ours")
     i = list(COLOURS).index(base)
     style = (2 * i, (3, 3)) if method != base else "-"
@@ -191,7 +191,7 @@ def _line(method: str) -> dict[str, Any]:
 
 
 def _plain_numbers(axes: Axes) -> None:
-    """At a logarithmic y axis: some of whatever range there is."""
+    """Label a logarithmic y axis with a few plain numbers, whatever its range."""
     low, high = axes.get_ylim()
     few_decades = (1, 2, 5) if high / low < 150 else (1,)
     axes.yaxis.set_major_locator(MaxNLocator(4) if high / low < 4 else LogLocator(subs=few_decades))
@@ -200,7 +200,7 @@ def _plain_numbers(axes: Axes) -> None:
 
 
 def rates_over_time(theory: Mapping[str, Any]) -> Figure:
-    """A row a problem; the error and the variance over the steps."""
+    """Draw the error and the variance over the steps, one row per problem."""
     figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
     grid = figure.subplots(len(theory["problems"]), 2, squeeze=False, sharex=True)
     for row, (problem, parts) in zip(grid, theory["problems"].items(), strict=True):
@@ -230,13 +230,13 @@ def theory_label(method: str) -> str:
 
 
 def _guide(axes: Axes, curve: Mapping[str, Any], quantity: str) -> None:
-    """A line of slope -1 below the curve, over its last two decades."""
+    """Draw a line of slope -1 below the curve, over its last two decades."""
     end, value = curve["steps"][-1], curve[quantity][-1] / 4
     axes.plot([end / 100, end], [100 * value, value], **GUIDE)
 
 
 def bounds(proposition: Mapping[str, Any]) -> Figure:
-    """A row a problem; the ratios of A and of b over the factor on alpha."""
+    """Draw the ratios of A and of b over the factor on alpha, one row per problem."""
     figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
     grid = figure.subplots(len(proposition), 2, squeeze=False, sharex=True)
     for row, (problem, found) in zip(grid, proposition.items(), strict=True):
@@ -259,7 +259,7 @@ def bounds(proposition: Mapping[str, Any]) -> Figure:
 def _ratio_line(
     axes: Axes, factors: Sequence[float], ratios: Sequence[float | None], line: Mapping[str, Any], aside: float
 ) -> None:
-    """Points, and for those that are far above the bound crosses at the top, each method's a little aside."""
+    """Draw points, and crosses at the top for those far above the bound, moved a little aside for each method."""
     near = [(factor, ratio) for factor, ratio in zip(factors, ratios, strict=True) if ratio is not None and ratio < FAR]
     axes.plot(*zip(*near, strict=True), marker="o", markersize=3.5, **line)
     far = [factor * aside for factor in factors if factor not in dict(near)]

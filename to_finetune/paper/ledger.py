@@ -1,4 +1,4 @@
-"""Trainings that run one after another: each finished one is a line of a file, so that a run goes on where it was."""
+"""Trainings that run one after another: each finished one is a line of a file, from which a run resumes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ class Ledger:
     """The trainings of one experiment.
 
     Args:
-        path: the file; its first line is the protocol. A line that was not written to its end is dropped.
-        train: the losses of a method's trial with a seed, infinite once diverged; called for those not yet in the file.
-        progress: told of each training before it starts.
+        path: the file; its first line is the protocol. An incomplete last line is dropped.
+        train: runs a method's trial with a seed and returns its losses, infinite once diverged; not called for
+            trainings that are in the file.
+        progress: called with a description of each training before it starts.
 
     Raises:
-        UsageError: where the file is of another protocol.
+        UsageError: if the file is of another protocol, or damaged.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Ledger:
             raise UsageError(f"{path} has trainings of another protocol: move it away.")
         if text != found:
             write_whole(path, text)
-        self.seconds = 0.0  # of all trainings, those of earlier runs too
+        self.seconds = 0.0  # of all trainings, including those of earlier runs
         self._finished: dict[str, list[float | None]] = {}
         for number, line in enumerate(text.splitlines()[1:], start=2):
             try:
@@ -54,7 +55,7 @@ class Ledger:
                 raise UsageError(f"{path} is damaged in line {number}: delete that line.") from None
 
     def losses(self, method: str, trial: Trial, seed: int) -> list[float | None]:
-        """Of one training, rounded, None once diverged; from the file where it is there."""
+        """Return the losses of one training, rounded, None once diverged; train only if the file lacks them."""
         key = _key(method, trial, seed)
         if key not in self._finished:
             self._progress(f"training {len(self._finished) + 1}: {key}")
@@ -76,7 +77,7 @@ class Ledger:
         widenings: int,
         seeds: Sequence[int],
     ) -> dict[str, Any]:
-        """What `tuning.choose` returns, and the `curves` of the winners on the seeds; none where all diverged."""
+        """Return the result of `tuning.choose`, and the winners' `curves` on the seeds; none if all trials diverged."""
 
         def losses_of(trials: list[Trial]) -> list[Losses]:
             all_losses = [self.losses(method, trial, TUNING_SEED) for trial in trials]

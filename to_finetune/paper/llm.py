@@ -1,8 +1,8 @@
-"""Two layers of a small pretrained Llama on Alpaca, each method at its own tuned rates, by `finetune.py` itself.
+"""Fine-tune two layers of a small pretrained Llama on Alpaca with `finetune.py`, each method at its own tuned rates.
 
-Each method has equally many trials on seed 0: values of lr under Hugging Face's schedules "constant" and "linear" (to
-zero), all else fixed. Its best trials are judged on other seeds, which give other orders of the data. The criterion is
-the training loss, taken evenly over the run on the same rows of the training data.
+Each method gets equally many trials on seed 0: values of lr under Hugging Face's schedules "constant" and "linear" (to
+zero), with all else fixed. Its best trials are judged on other seeds, which reorder the data. The criterion is the
+training loss, taken at evenly spaced steps on the same rows of the training data.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from to_finetune.paper.ledger import Ledger
 from to_finetune.paper.methods import Trial
 from to_finetune.paper.tuning import TUNING_SEED, Losses, points
 
-Finetune = Callable[[list[str]], str | None]  # takes flags; returns the sentence of a training that failed
+Finetune = Callable[[list[str]], str | None]  # takes flags; returns the error message if the training failed
 
 MODEL, DATA = "stories260k", "alpaca_data.json"  # below data_dir
 FACTOR = 2.0  # between neighbouring values of lr
-# Takes flags, a JSON list a line, and answers with exit codes; all that finetune.py prints goes to stderr.
+# Reads flags, one JSON list per line, and answers with exit codes; all that finetune.py prints goes to stderr.
 WORKER = """
 import json, os, sys
 answers = os.fdopen(os.dup(1), "w")
@@ -45,12 +45,12 @@ for line in sys.stdin:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How much is trained: the parameters of the regular expression `subset`, on the first `rows` of the data, once.
+    """How much is trained: the parameters that match the regular expression `subset`, once over the first `rows`.
 
-    evaluated_rows: the first of these, whose loss is the criterion.
-    evaluations: how often it is taken, evenly, beside the start.
-    lrs: how many values, around the method's own, are tried under each of the schedules.
-    widenings: how often the values are extended, by half a decade, where the best is the lowest or the highest.
+    evaluated_rows: the number of these, from the first on, whose loss is the criterion.
+    evaluations: the number of evenly spaced evaluations of it, besides the one at the start.
+    lrs: the number of values of lr, around the method's own, that are tried under each schedule.
+    widenings: how often the values are extended at most, by half a decade, if the best is the lowest or the highest.
     """
 
     name: str
@@ -84,13 +84,13 @@ QUICK = Protocol(
     lrs=1,
     schedules=("constant",),
     widenings=0,
-    seeds=(TUNING_SEED,),  # judging is free: its trainings are there already
+    seeds=(TUNING_SEED,),  # judging is free: the tuning has done its trainings
 )
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is compared: an optimizer by its name in `finetune.py`, the middle of its values of lr, what is fixed."""
+    """A method to compare: its optimizer's name in `finetune.py`, the middle of its values of lr, and fixed options."""
 
     optim: str
     lr: float
@@ -113,14 +113,14 @@ METHODS = {
 
 
 def run(data_dir: Path | None, folder: Path, quick: bool, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Tune and judge every method; the result is JSON, its losses rounded to six digits, all null of a diverged one.
+    """Tune and judge every method; return JSON with losses rounded to nine digits, all null if a training diverged.
 
-    Each finished training is a line of llm.jsonl in the folder, so that an interrupted run goes on where it was; what
-    finetune.py prints is in llm.log. On the CPU with one thread, unless OMP_NUM_THREADS says otherwise.
+    Each finished training is a line of llm.jsonl in the folder, so that an interrupted run can resume; what finetune.py
+    prints goes to llm.log. Runs on the CPU with one thread, unless OMP_NUM_THREADS says otherwise.
 
     Raises:
-        UsageError: for missing data, and where the folder has trainings of another protocol.
-        RunError: with finetune.py's sentence, where a training fails.
+        UsageError: for missing data, and if the folder has trainings of another protocol.
+        RunError: with finetune.py's message, if a training fails.
     """
     protocol = QUICK if quick else FULL
     with ExitStack() as stack:
@@ -157,7 +157,7 @@ def trials(method: Method, schedules: tuple[str, ...], lrs: list[float]) -> list
 
 
 def checked(data_dir: Path | None) -> Path:
-    """The folder, if both things are in it."""
+    """Return the folder if it has both the model and the data."""
     if data_dir is None or not ((data_dir / MODEL / "config.json").exists() and (data_dir / DATA).exists()):
         raise UsageError(
             f"The Llama's row needs --data_dir with a folder {MODEL} (the pretrained Llama of 260 thousand weights, "
@@ -167,7 +167,7 @@ def checked(data_dir: Path | None) -> Path:
 
 
 def flags(method: Method, trial: Trial, seed: int, protocol: Protocol, source: Path) -> list[str]:
-    """The flags of `finetune.py`, but for the output's folder."""
+    """Return the flags of `finetune.py`, except the output folder."""
     every = protocol.steps // protocol.evaluations
     words = f"""
         --dtype float32 --use_cpu true --unfrozen_parameters {protocol.subset} --max_length {protocol.max_length}
@@ -183,7 +183,7 @@ def flags(method: Method, trial: Trial, seed: int, protocol: Protocol, source: P
 
 
 def train(finetune: Finetune, flags: list[str], points: list[int]) -> Losses:
-    """One training; its losses at the points."""
+    """Run one training and return its losses at the points."""
     with TemporaryDirectory() as folder:
         failure = finetune([*flags, "--output_dir", folder])
         if failure and "the run has diverged" in failure:
@@ -197,7 +197,7 @@ def train(finetune: Finetune, flags: list[str], points: list[int]) -> Losses:
 
 @contextmanager
 def finetune_process(log: Path, stand_ins: Path | None) -> Iterator[Finetune]:
-    """`finetune.py` in one process for one training after another, since it takes long to start."""
+    """Start one `finetune.py` process for all trainings in turn, since starting it takes long."""
     command = [sys.executable, "-u", "-c", WORKER, *([str(stand_ins)] if stand_ins else [])]
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **os.environ}
     pipe = subprocess.PIPE
@@ -207,24 +207,24 @@ def finetune_process(log: Path, stand_ins: Path | None) -> Iterator[Finetune]:
     ):
 
         def finetune(flags: list[str]) -> str | None:
-            with suppress(BrokenPipeError):  # it has died before
+            with suppress(BrokenPipeError):  # the process has died
                 print(json.dumps(flags), file=process.stdin, flush=True)
             code = cast(IO[str], process.stdout).readline().strip()
             last = log.read_text(encoding="utf-8").strip().rpartition("\n")[2]
-            if not code:  # as where memory runs out
+            if not code:  # as when memory runs out
                 raise RunError(f"finetune.py's process has died, its last line in {log.name} is: {last}")
             return None if code == "0" else last
 
         try:
             yield finetune
         finally:
-            process.kill()  # what it has finished is in the ledger
+            process.kill()  # its finished trainings are in the ledger
             with suppress(BrokenPipeError):
                 cast(IO[str], process.stdin).close()
 
 
 def make_stand_ins(folder: str) -> None:
-    """A random Llama of two layers, which reads bytes, and eight instructions; made in `finetune.py`'s process."""
+    """Write a random byte-level Llama of two layers and eight instructions; called in `finetune.py`'s process."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 

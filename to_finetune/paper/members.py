@@ -1,7 +1,7 @@
-"""Many trainings at once: every trial of a method and every seed is a member of one batched computation.
+"""Run many trainings at once: every trial of a method with every seed is a member of one batched computation.
 
 The members of a seed see the same mini-batches, so that their products with the inputs are one matrix product; each has
-its own weights, state and rates along a leading dimension. A trial is retired once it has diverged for every seed.
+its own weights, state and rates along a leading dimension. A trial is dropped once it has diverged for every seed.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.nn import functional
 from to_finetune.paper.methods import Method, Rates, State, Trial, rates
 from to_finetune.paper.tuning import points
 
-ELEMENTS = 600_000  # weights that are stepped together: they and their state stay in a processor's cache
-STATE_BYTES = 2 << 30  # of the members that are stepped together
+ELEMENTS = 600_000  # weights stepped together at most: they and their state stay in a processor's cache
+STATE_BYTES = 2 << 30  # of the members stepped together, at most
 DIVERGED = 1e3  # times the loss at the start
 
 StepFunction = Callable[..., tuple[Tensor, State]]
@@ -29,9 +29,9 @@ Layers = list[tuple[int, int]]  # (outputs, inputs with the bias) of each
 
 @dataclass(frozen=True)
 class Problem:
-    """Empirical risk: mean cross-entropy of a network with ReLUs, or none, plus ``l2/2 ||w||^2`` over all weights.
+    """Empirical risk: mean cross-entropy of a ReLU network or a linear model, plus ``l2/2 ||w||^2`` over all weights.
 
-    x: (rows, features), the last of them 1, which makes its weights the biases; y: (rows,) int64, on one device.
+    x: (rows, features), the last feature 1, whose weights are the biases; y: (rows,) int64, on the same device.
     hidden: the widths of the hidden layers; () is logistic regression.
     """
 
@@ -69,10 +69,10 @@ def train(
     """Train each trial with each seed from weights of N(0, 1).
 
     Args:
-        evaluations: how often the loss is taken, evenly, the last time after the last step; and once at the start.
-        rows: the indices of the rows that the loss is taken over; None is the full training loss.
-        stop_after: end after so many evaluations; rates decay as if the training went on.
-        compiled: through torch's compiler, which takes seconds and makes a step two to five times faster.
+        evaluations: the number of evenly spaced losses, the last after the last step; one more is taken at the start.
+        rows: the indices of the rows that the loss is taken over; None for the full training loss.
+        stop_after: stop after this many evaluations; rates decay as if the training continued.
+        compiled: use torch's compiler, which takes seconds and makes a step two to five times faster.
         progress: called with the number of member steps since the last call.
 
     Returns:
@@ -96,13 +96,13 @@ def train(
 
 
 def initial_weights(problem: Problem, seed: int) -> Tensor:
-    """N(0, 1) for every weight, (n,): the same on every device and in every dtype."""
+    """Draw every weight from N(0, 1), (n,): the same on every device and in every dtype."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(problem.n, generator=generator).to(problem.x)
 
 
 def batch_order(rows: int, batch_size: int, steps: int, seed: int) -> Tensor:
-    """The rows of each step, (steps, batch_size): every epoch in an order of its own, an incomplete batch left out."""
+    """Return the rows of each step, (steps, batch_size): every epoch reshuffled, its incomplete last batch dropped."""
     if batch_size > rows:
         raise ValueError(f"a batch of {batch_size} is larger than the data, {rows} rows")
     generator = torch.Generator().manual_seed(seed + 1_000_003)
@@ -114,7 +114,7 @@ def batch_order(rows: int, batch_size: int, steps: int, seed: int) -> Tensor:
 
 
 def member_losses(layers: Layers, w: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy of every member on the inputs of its seed.
+    """Compute the mean cross-entropy of every member on the inputs of its seed.
 
     Args:
         w: (seeds, trials, n), layer by layer; x: (seeds, rows, features); y: (seeds, rows).
@@ -139,7 +139,7 @@ def member_losses(layers: Layers, w: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def training_loss(problem: Problem, w: Tensor, rows: Tensor | None) -> Tensor:
-    """The regularised loss of every member over the given rows, or all; w is (seeds, trials, n)."""
+    """Compute the regularised loss of every member over the given rows, or all; w is (seeds, trials, n)."""
     x, y = (problem.x, problem.y) if rows is None else (problem.x[rows], problem.y[rows])
     flat = w.reshape(1, -1, problem.n)
     size = max(64, (4 << 20) // (flat.shape[1] * max(out for out, _ in problem.layers)))
@@ -163,7 +163,7 @@ def _train(
     rows: Tensor | None,
     progress: Callable[[int], None],
 ) -> Tensor:
-    """`train` for as many trials as are stepped together; start is (seeds, n), batches (seeds, steps, batch_size)."""
+    """Train the trials that are stepped together; start is (seeds, n), batches (seeds, steps, batch_size)."""
     seeds = len(start)
     w = start[:, None].repeat(1, len(trials), 1)
     state = method.start(w.flatten(0, 1), taken_at[-1])
@@ -171,7 +171,7 @@ def _train(
     losses = w.new_full((seeds, len(trials), len(taken_at)), torch.inf)
     losses[:, :, 0] = training_loss(problem, start[:, None], rows)  # all trials of a seed start alike
     rates_of = rates(trials * seeds, steps, w)
-    l2 = w.new_tensor(problem.l2)  # a number would be compiled into the step
+    l2 = w.new_tensor(problem.l2)  # a Python number would be compiled into the step
     for i, (taken, until) in enumerate(pairwise(taken_at)):
         for step in range(taken, until):
             x, y, at = problem.x[batches[:, step]], problem.y[batches[:, step]], torch.tensor(step)
@@ -201,8 +201,8 @@ def _step(
     rates: Rates,
     step: Tensor,
 ) -> tuple[Tensor, State]:
-    """One step of every member; w is (seeds, trials, n), x (seeds, batch, features), y (seeds, batch)."""
-    g = torch.func.grad(lambda w: member_losses(layers, w, x, y).sum())(w)  # members do not touch each other
+    """Take one step of every member; w is (seeds, trials, n), x (seeds, batch, features), y (seeds, batch)."""
+    g = torch.func.grad(lambda w: member_losses(layers, w, x, y).sum())(w)  # members are independent
     g = g + l2 * w
     flat, state = update(w.flatten(0, 1), g.flatten(0, 1), state, rates, step)
     return flat.view(w.shape), state
@@ -210,11 +210,11 @@ def _step(
 
 @cache
 def can_compile(device: str) -> bool:
-    """Whether torch's compiler finds what it needs, a C++ compiler say or Triton; warns where it does not."""
-    torch._dynamo.config.cache_size_limit = 256  # kinds of step: a method's, in a few numbers of members, each
+    """Return whether torch's compiler finds what it needs, such as a C++ compiler or Triton; warn if it does not."""
+    torch._dynamo.config.cache_size_limit = 256  # variants of the step: each method with a few numbers of members
     try:
         torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
-    except Exception as error:  # of many kinds, a platform's own among them
+    except Exception as error:  # of many types, some of them platform-specific
         reason = f"{type(error).__name__} {error}".splitlines()[0]
         warnings.warn(f"torch.compile does not work here, steps are slower: {reason}", stacklevel=2)
         return False
@@ -222,5 +222,5 @@ def can_compile(device: str) -> bool:
 
 
 def _kept(state: State, keep: Tensor, seeds: int) -> State:
-    """The state of the trials that are kept; members lie seed by seed along the first dimension."""
+    """Return the state of the kept trials; members are ordered seed by seed along the first dimension."""
     return tuple(s[keep.repeat(seeds)] for s in state)

@@ -1,4 +1,4 @@
-"""The methods that are compared, as pure functions of one member, and the trials that each is given.
+"""The methods that are compared, as update rules over many members at once, and the trials of each.
 
 A rule takes the weights w and the gradient g of many members, (members, n), their state and their rates, (members, 1).
 The Trainable Optimizers are the rules of `to_finetune.optim.rules` themselves, with all weights as one vector.
@@ -25,11 +25,11 @@ Rates = dict[str, Any]  # tensors by name, (members, 1)
 Trial = Mapping[str, Any]  # lr, schedule, and the method's own: alpha and beta, or beta1 and beta2
 
 SCHEDULES = ("constant", "exponential")
-LR_END, ALPHA_END = 0.01, 0.1  # what is left of lr, and of alpha and beta, after the last step of "exponential"
+LR_END, ALPHA_END = 0.01, 0.1  # the factors of lr, and of alpha and beta, after the last step of "exponential"
 COARSE = tuple(10 ** (i / 2 - 1) for i in range(4))  # 0.1, 0.3, 1, 3
 FINE = tuple(10 ** (i / 4 - 1) for i in range(8))  # the same range, twice as dense
-BETAS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)  # as many as the paper's pairs, halved
-FOLDED = 32  # corrections of Full TO that are added to its matrix together, which is then read and written once
+BETAS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)  # as many as half of the paper's pairs
+FOLDED = 32  # corrections of Full TO that are added to its matrix at once, which is then read and written only once
 PAPER = (0.0, 0.01, 0.1, 0.5, 1.0)  # the paper's values of alpha and of beta
 
 
@@ -37,7 +37,7 @@ PAPER = (0.0, 0.01, 0.1, 0.5, 1.0)  # the paper's values of alpha and of beta
 class Method:
     """One column of a table.
 
-    start: the state of members with weights w, (members, n), that will take so many steps.
+    start: the initial state from ``(w, steps)``: members with weights w, (members, n), that will take so many steps.
     update: new weights and state from ``(w, g, state, rates, step)``; the state may be written in place.
     lrs: the values of lr that are tried first.
     grid: the values of the method's other rates.
@@ -55,9 +55,9 @@ class Method:
         return self.label + " (ours)" * self.ours
 
     def trials(self, lrs: Sequence[float]) -> list[Trial]:
-        """Every combination of these rates with the grid and with both schedules.
+        """Return every combination of these rates with the grid and with both schedules.
 
-        alpha = beta = 0 never moves and is left out.
+        alpha = beta = 0, which never moves, is left out.
         """
         grid = {"lr": lrs, **self.grid, "schedule": SCHEDULES}
         trials = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
@@ -65,7 +65,7 @@ class Method:
 
 
 def rates(trials: list[Trial], steps: int, like: Tensor) -> Callable[[Tensor], Rates]:
-    """The rates of members with these trials, as a function of the steps taken."""
+    """Return the rates of members with these trials, as a function of the steps taken."""
 
     def column(name: str) -> Tensor:
         return like.new_tensor([[float(trial.get(name, 0.0))] for trial in trials])
@@ -84,7 +84,7 @@ def rates(trials: list[Trial], steps: int, like: Tensor) -> Callable[[Tensor], R
 def adam(
     w: Tensor, g: Tensor, m: Tensor, v: Tensor, *, lr: Tensor, beta1: Tensor, beta2: Tensor, t: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Adam with bias correction, t counted from 1, as `torch.optim.Adam` has it; eps is torch's 1e-8."""
+    """Take a step of Adam with bias correction, like `torch.optim.Adam`; t counts from 1, eps is torch's 1e-8."""
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
     root = v.sqrt() / (1 - beta2**t).sqrt() + 1e-8
@@ -92,7 +92,7 @@ def adam(
 
 
 def momentum(w: Tensor, g: Tensor, b: Tensor, *, lr: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-    """``b = (1-beta) b + beta g; w -= lr b``: a Trainable Optimizer without slope."""
+    """Take a step ``b = (1-beta) b + beta g; w -= lr b``: a Trainable Optimizer without slope."""
     b = (1 - beta) * b + beta * g
     return w - lr * b, b
 
@@ -126,7 +126,7 @@ def _rank_one(options: Options, w: Tensor, g: Tensor, state: State, rates: Rates
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Of each member: (members, 1), added up in float64."""
+    """Return the dot product of each member, (members, 1), summed in float64."""
     return (x * y).sum(-1, keepdim=True, dtype=torch.float64).to(x.dtype)
 
 
@@ -135,9 +135,9 @@ def _start_rank_one(w: Tensor, steps: int) -> State:
 
 
 def _start_full(w: Tensor, steps: int) -> State:
-    """b, pairs of (correction, weights), (pairs, n) each, and the matrix that they are folded into when full.
+    """Return b, pairs of (correction, weights), (pairs, n) each, and the matrix that they are folded into when full.
 
-    Where the pairs of all steps are smaller they are kept and there is no matrix.
+    If the pairs of all steps are smaller than the matrix, they are kept and there is no matrix.
     """
     members, n = w.shape
     history = history_is_smaller(n, steps)

@@ -1,4 +1,4 @@
-"""The page of a folder of results: `index.html`, which needs no other file, beside the tables and the figures."""
+"""The page of a folder of results: a self-contained `index.html`, beside the tables and the figures."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Result = dict[str, Any]
 
 
 def render(folder: Path) -> list[Path]:
-    """Write the tables, figures and page of the results that the folder has; returns the paths.
+    """Write the tables, figures and page of the results in the folder; return their paths.
 
     Raises:
-        UsageError: for a damaged result, and where there is none.
+        UsageError: for a damaged result, and if there is none.
     """
     results = {name: result for name in ROWS if (result := read(folder / f"{name}.json", checked))}
     theory = read(folder / "theory.json", checked_theory)
@@ -50,7 +50,7 @@ def read(path: Path, check: Callable[[Any], Result]) -> Result | None:
 
 
 def checked(result: Any) -> Result:
-    """A case's result, if all that the tables and figures take of it is there; Momentum comes behind Adam."""
+    """Return a case's result, with Momentum after Adam, if it has all that the tables and figures need."""
     methods = {name: result["methods"][name] for name in ("adam", "momentum", *result["methods"])}
     for name, found in methods.items():
         if name not in ("adam", *COMPARED):
@@ -65,14 +65,14 @@ def checked(result: Any) -> Result:
 
 
 def described(result: Any) -> Result:
-    """The result, if it says how and on what it was made."""
+    """Return the result if it says how and on which machine it was made."""
     if not isinstance(result["flags"] + result["protocol"]["name"] + result["machine"]["processor"], str):
         raise TypeError("it does not say how it was made")
     return {**result, "seconds": float(result["seconds"])}
 
 
 def checked_theory(theory: Any) -> Result:
-    """Theory's result, with everything that the figures and the page take."""
+    """Return the theory's result if it has all that the figures and the page need."""
     slopes(theory)
     for problem in theory["problems"]:
         found = theory["proposition_2"][problem]
@@ -82,7 +82,7 @@ def checked_theory(theory: Any) -> Result:
 
 
 def inline(path: Path) -> Markup:
-    """An SVG to stand in a page: in the page's colours and width, and with ids that no other has."""
+    """Return an SVG to inline in a page, with the page's colours and width, and with unique ids."""
     svg = path.read_text(encoding="utf-8")
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', f' role="img" aria-label="{path.stem}"', svg, count=1)
@@ -116,7 +116,7 @@ def html(
 
 
 def glance(results: Mapping[str, Result]) -> dict[str, dict[str, list[tables.Reading]]]:
-    """The readings by reference and by method's label, one for each criterion."""
+    """Group the readings by the reference's and the method's label, one for each criterion."""
     found: dict[str, dict[str, list[tables.Reading]]] = {}
     for one in tables.reading(results):
         found.setdefault(tables.label(one.against), {}).setdefault(tables.label(one.method), []).append(one)
@@ -124,7 +124,7 @@ def glance(results: Mapping[str, Result]) -> dict[str, dict[str, list[tables.Rea
 
 
 def slopes(theory: Result) -> list[list[str]]:
-    """For each problem, with and without projection, and method: the slopes of error and variance, theorem's first."""
+    """Return a row per problem, projection and method: the slopes of error and variance, the theorem's form first."""
     rows = []
     for problem, parts in theory["problems"].items():
         for part in ("methods", "projected"):
@@ -147,14 +147,14 @@ def _with_error(curve: Mapping[str, Any], quantity: str) -> str:
 
 
 def datasets(results: Iterable[Result]) -> list[list[str]]:
-    """Name, rows, inputs, classes and how they were made, of each data set of the convex cases and small networks."""
+    """List the data sets of the convex cases and small networks: name, rows, inputs, classes, how they were made."""
     found = {result["case"]["dataset"]: result["data"] for result in results if "data" in result}
     sizes = ("rows", "features", "classes")
     return [[DATASETS[name], *(f"{data[size]:,}" for size in sizes), data["note"]] for name, data in found.items()]
 
 
 def commands(results: Mapping[str, Result], theory: Result | None) -> list[str]:
-    """What made the results, a command for each set of flags."""
+    """Return the commands that made the results, one for each set of flags."""
     names: dict[str, list[str]] = {}
     for name, result in {**results, **({"theory": theory} if theory else {})}.items():
         names.setdefault(result["flags"], []).append(name)
@@ -162,7 +162,7 @@ def commands(results: Mapping[str, Result], theory: Result | None) -> list[str]:
 
 
 def protocols(results: Mapping[str, Result]) -> list[tuple[str, str]]:
-    """What was trained how much, for the cases that share it."""
+    """Describe each protocol in words, with the groups of the cases that share it."""
     cases: dict[str, list[str]] = {}
     for name, result in results.items():
         parts = {key: value for key, value in result["protocol"].items() if key not in ("methods", "options")}
@@ -178,7 +178,7 @@ def _plain(value: Any) -> str:
 
 
 def machines(results: Iterable[Result]) -> list[tuple[str, int, float]]:
-    """Each machine in words, with the number of its results and the hours that they took."""
+    """Describe each machine in words, with the number of its results and the hours that they took."""
     found: dict[str, list[float]] = {}
     for result in results:
         found.setdefault(_in_words(result["machine"]), []).append(result["seconds"])

@@ -1,4 +1,4 @@
-"""The story of `to-finetune reproduce`: run what is not finished yet, then draw everything that is."""
+"""`to-finetune reproduce`: run the jobs that are not finished yet, then draw all results."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from to_finetune.paper.data import Classification, Images, load, load_cifar10
 from to_finetune.paper.page import render
 
 CASES = {case.name: case for case in (*STRONGLY_CONVEX, *CONVEX, *FFN)}
-JOBS = (*CASES, "resnet18", "resnet50", "llm", "theory")  # each leaves a result file of its name
+JOBS = (*CASES, "resnet18", "resnet50", "llm", "theory")  # each writes a result file of its name
 DEVICES = ("cpu", "cuda")
 
 
 def reproduce(targets: Sequence[str], data_dir: str | None, output_dir: str, quick: bool, device: str) -> int:
-    """Run what the targets need and draw tables, figures and the page; the exit code is 1 where a job was not done.
+    """Run the jobs of the targets and draw tables, figures and the page; return 1 if a job was not done, else 0.
 
     Raises:
-        UsageError: for an unknown target, folder or device, a damaged result, and where nothing can be done: without
-            data, or with results of another protocol alone.
-        RunError: where nothing was done, and a job failed.
+        UsageError: for an unknown target, folder or device, for a damaged result, and if nothing can be done: without
+            data, or with only results of another protocol.
+        RunError: if a job failed and there is no result.
     """
     names = wanted(targets, device)
     check_places(data_dir, device)
@@ -58,7 +58,7 @@ def reproduce(targets: Sequence[str], data_dir: str | None, output_dir: str, qui
 
 
 def wanted(targets: Sequence[str], device: str) -> list[str]:
-    """The jobs that the targets stand for, each once."""
+    """Return the jobs that the targets stand for, each once."""
     table2, convex, ffn = ([case.name for case in cases] for cases in (STRONGLY_CONVEX, CONVEX, FFN))
     resnets = ["resnet18", "resnet50"] if device.startswith("cuda") else ["resnet18"]
     table3 = [*convex, *ffn, *resnets]
@@ -79,7 +79,7 @@ def wanted(targets: Sequence[str], device: str) -> list[str]:
 
 
 def check_places(data_dir: str | None, device: str) -> None:
-    """Raises UsageError for a folder or a device that is not there."""
+    """Raise UsageError for a folder that does not exist or a device that cannot be used."""
     if data_dir is not None and not Path(data_dir).is_dir():
         raise UsageError(f"--data_dir {data_dir} is not a folder.")
     try:
@@ -91,7 +91,7 @@ def check_places(data_dir: str | None, device: str) -> None:
 
 
 def protocol(name: str, quick: bool, device: str) -> dict[str, Any]:
-    """How a job is run; its result says the same."""
+    """Return the protocol of a job, as its result records it."""
     if name == "theory":
         return {"name": "quick" if quick else "full"}
     if name == "llm":
@@ -106,7 +106,7 @@ def resnet_protocol(quick: bool, device: str) -> resnet.Protocol:
 
 
 def to_do(names: Sequence[str], folder: Path, quick: bool, device: str) -> tuple[list[str], list[Exception]]:
-    """The jobs that have no result yet, and an error for each that has one of another protocol.
+    """Return the jobs without a result, and an error for each that has a result of another protocol.
 
     Raises:
         UsageError: for a damaged result.
@@ -125,10 +125,10 @@ def to_do(names: Sequence[str], folder: Path, quick: bool, device: str) -> tuple
 
 
 def protocol_of(path: Path) -> dict[str, Any] | None:
-    """The one that a result was made by; None where there is no result.
+    """Return the protocol of a result; None if there is no result.
 
     Raises:
-        UsageError: where it is damaged.
+        UsageError: if the result is damaged.
     """
     if not path.exists():
         return None
@@ -139,7 +139,7 @@ def protocol_of(path: Path) -> dict[str, Any] | None:
 
 
 def run_all(names: list[str], run: Callable[..., None], console: Console) -> list[Exception]:
-    """Run the jobs with a line for each; returns why some could not be done, each reason once."""
+    """Run the jobs and print a line for each; return the errors of those that failed, each message once."""
     failures = dict[str, Exception]()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
@@ -166,7 +166,7 @@ def run_all(names: list[str], run: Callable[..., None], console: Console) -> lis
 def run_job(
     name: str, show: contest.Progress, *, data_dir: Path | None, folder: Path, quick: bool, device: str
 ) -> None:
-    """Run one job and write its result whole, with the flags, the machine and the seconds that it took."""
+    """Run one job and write its result atomically, with the flags, the machine and the seconds that it took."""
     began = time.perf_counter()
 
     def line(text: str) -> None:
@@ -192,7 +192,7 @@ def run_job(
 
 @lru_cache(maxsize=1)
 def dataset(name: str, data_dir: Path | None, quick: bool) -> Classification:
-    """The data, read once for cases that follow each other; for a quick trial scikit-learn's digits stand in."""
+    """Load the data, once for consecutive cases; for a quick trial scikit-learn's digits stand in."""
     if not quick:
         return load(name, data_dir)
     from sklearn.datasets import load_digits
@@ -203,7 +203,7 @@ def dataset(name: str, data_dir: Path | None, quick: bool) -> Classification:
 
 
 def stand_in_images() -> Images:
-    """The digits as 32 x 32 images."""
+    """Return the digits as 32 x 32 images."""
     digits = dataset("digits", None, True)
     x = (digits.x.view(-1, 1, 8, 8) * 255).to(torch.uint8)
     return Images(x.repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1), digits.y)

@@ -1,10 +1,10 @@
-"""ResNet-18 and -50 on the images of CIFAR-10: each method at its own tuned rates, by the project's real optimizers.
+"""Train ResNet-18 and -50 on CIFAR-10 with the project's real optimizers, each method at its own tuned rates.
 
-Each method has equally many trials on seed 0; its best rates are then judged on other seeds. Full TO is left out: its
-slope is n x n, and n is 11 million. RankOne TO has one slope for all weights as one vector, as the paper has it.
+Each method gets equally many trials on seed 0; its best rates are then judged on other seeds. Full TO is left out: its
+slope is n x n, and n is 11 million. RankOne TO has one slope for all weights as one vector, as in the paper.
 
-The networks start as torchvision's do. Their BatchNorm takes the statistics of the batch, in the criterion too: in few
-steps running ones lag so far behind that the loss with them is 22 where it is 2.5 with the batch's (momentum, lr 1).
+The networks are initialised as torchvision's. Their BatchNorm uses the statistics of the batch, in the criterion too:
+in few steps running statistics lag so far behind that the loss with them is 22 instead of 2.5 (momentum, lr 1).
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ from to_finetune.paper.members import DIVERGED, batch_order
 from to_finetune.paper.methods import ALPHA_END, LR_END, SCHEDULES, Trial
 from to_finetune.paper.tuning import Losses, points
 
-WIDENINGS = 2  # of lr's values
-EVALUATED_TOGETHER = 512  # rows whose batch statistics the criterion takes
+WIDENINGS = 2  # of lr's values, at most
+EVALUATED_TOGETHER = 512  # rows of a batch in the criterion
 TO_VALUES = (0.01, 0.1, 0.5, 1.0)
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How much is trained: the first `rows` images, averaged down to `size` x `size`, for so many `steps`.
+    """How much is trained: the first `rows` images, averaged down to `size` x `size`, for `steps` steps.
 
     width: channels of the first stage; 64 is the whole network. At least 16: below, oneDNN's strided 1x1 convolutions
         write past their memory in channels_last (its issue 6035).
-    trials: rates tried for each method, a multiple of 6; seeds: those that judge the winners.
-    evaluated_rows: the first of these, whose loss is the criterion; evaluations: how often, evenly, beside the start.
+    trials: the number of each method's trials, a multiple of 6; seeds: those that judge the winners.
+    evaluated_rows: the number of images, from the first on, whose loss is the criterion.
+    evaluations: the number of evenly spaced evaluations of it, besides the one at the start.
     """
 
     name: str
@@ -77,16 +78,16 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class Method:
-    """What is compared: an optimizer from ``(weights, lr, alpha_decay, **own)``, and the values that are tried."""
+    """A method to compare: an optimizer made from ``(weights, lr, alpha_decay, **own)``, and the values to try."""
 
     make: Callable[..., Optimizer]
     lrs: tuple[float, ...]  # a geometric series
     own: Mapping[str, tuple[float, ...]]
 
     def trials(self, each: int, lrs: Sequence[float]) -> list[Trial]:
-        """So many for each lr; the other values take turns, in shuffled orders that are one for all methods.
+        """Return `each` trials per lr; the other values take turns, in shuffled orders that all methods share.
 
-        So momentum and the Trainable Optimizers have the same lr, schedule and beta in each trial.
+        Momentum and the Trainable Optimizers thus have the same lr, schedule and beta in each trial.
         """
         columns: dict[str, list[Any]] = {"lr": [lr for lr in lrs for _ in range(each)]}
         count = len(columns["lr"])
@@ -126,7 +127,7 @@ def run(
     `Ledger.compare` returns.
 
     Raises:
-        UsageError: for too few images, and where the folder has trainings by another protocol of this name.
+        UsageError: for too few images, and if the folder has trainings by another protocol of this name.
     """
     if len(train.y) < protocol.rows:
         raise UsageError(f"The {protocol.name} protocol takes {protocol.rows:,} images; there are {len(train.y):,}.")
@@ -153,10 +154,10 @@ def run(
 
 
 def train_once(depth: int, method: Method, rates: Trial, seed: int, x: Tensor, y: Tensor, protocol: Protocol) -> Losses:
-    """One training; seed is of the initial weights and of the batches, the same ones for every method.
+    """Run one training; the seed sets the initial weights and the batches, the same for every method.
 
-    On CUDA in bfloat16 autocast. Weights stay contiguous, as the fused optimizers want them: with x alone in
-    channels_last the activations are so as well.
+    Uses bfloat16 autocast on CUDA. Weights stay contiguous, as the fused optimizers want them; x in channels_last is
+    enough to make the activations channels_last too.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -180,7 +181,7 @@ def train_once(depth: int, method: Method, rates: Trial, seed: int, x: Tensor, y
 def with_schedule(
     method: Method, weights: Iterable[Tensor], rates: Trial, steps: int
 ) -> tuple[Optimizer, ExponentialLR]:
-    """The optimizer, and what decays its lr: under "exponential" to LR_END, and alpha and beta to ALPHA_END."""
+    """Return the optimizer and lr's scheduler; "exponential" leaves LR_END of lr, and ALPHA_END of alpha and beta."""
     decays = rates["schedule"] == "exponential"
     own = {name: rates[name] for name in method.own}
     optimizer = method.make(weights, lr=rates["lr"], alpha_decay=ALPHA_END ** (decays / steps), **own)
@@ -189,7 +190,7 @@ def with_schedule(
 
 @torch.no_grad()
 def training_loss(network: nn.Module, x: Tensor, y: Tensor) -> float:
-    """The mean loss over all rows."""
+    """Compute the mean loss over all rows."""
     parts = zip(x.split(EVALUATED_TOGETHER), y.split(EVALUATED_TOGETHER), strict=True)
     return float(sum(_loss(network, *part) * len(part[1]) for part in parts)) / len(y)
 
@@ -200,7 +201,7 @@ def _loss(network: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _inputs(train: Images, protocol: Protocol, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The protocol's images, of mean 0 and variance 1 in each colour, in channels_last, and their labels."""
+    """Return the protocol's images, of mean 0 and variance 1 in each colour, in channels_last, and their labels."""
     x = functional.avg_pool2d(train.x[: protocol.rows].float(), train.x.shape[-1] // protocol.size)
     variance, mean = torch.var_mean(x, dim=(0, 2, 3), keepdim=True)
     x = ((x - mean) / variance.sqrt()).contiguous(memory_format=torch.channels_last)
@@ -219,10 +220,10 @@ class Residual(nn.Module):
 
 
 def resnet(depth: int, width: int = 64) -> nn.Sequential:
-    """torchvision's ResNet-18 or -50 with CIFAR's usual stem: (rows, 3, height, width) to (rows, 10).
+    """Build torchvision's ResNet-18 or -50 with CIFAR's usual stem: (rows, 3, height, width) to (rows, 10).
 
-    The stem is 3x3 of stride 1, with no pooling after it. Written out, because PyPI's torchvision does not import
-    beside a CPU build of torch. The weights are in torchvision's order, and drawn as it draws them.
+    The stem is a 3x3 convolution of stride 1, without pooling. Written out, because PyPI's torchvision cannot be
+    imported with a CPU build of torch. The weights are in torchvision's order, and initialised like its own.
     """
     kernels, blocks, expansion = {18: ((3, 3), (2, 2, 2, 2), 1), 50: ((1, 3, 1), (3, 4, 6, 3), 4)}[depth]
     layers: list[nn.Module] = [*_convolution(3, width, 3, 1), nn.ReLU()]
@@ -241,7 +242,7 @@ def resnet(depth: int, width: int = 64) -> nn.Sequential:
 
 
 def _block(inputs: int, widths: list[int], kernels: tuple[int, ...], stride: int) -> Residual:
-    """Convolutions with ReLUs between them, the first of 3x3 with the stride, and a way around them."""
+    """Build a block of convolutions with ReLUs between them, the stride on the first 3x3 one, and a skip connection."""
     body: list[nn.Module] = []
     for i, (before, after) in enumerate(pairwise([inputs, *widths])):
         body += [*_convolution(before, after, kernels[i], stride if i == kernels.index(3) else 1), nn.ReLU()]

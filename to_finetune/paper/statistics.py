@@ -1,4 +1,4 @@
-"""R, how far a method's loss is below another's, and whether that could be chance: what stands in the tables."""
+"""The statistics in the tables: R, how far a method's loss is below another's, and whether that could be chance."""
 
 # mypy: disable-error-code="import-untyped"
 from __future__ import annotations
@@ -12,17 +12,17 @@ from to_finetune.paper.tuning import CRITERIA
 
 Curve = Sequence[float | None]  # losses at the recorded steps, None from where the training has diverged
 MARKS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
-RESOLUTION = 0.001  # percent: of smaller differences between losses in float32 nothing is said
+RESOLUTION = 0.001  # percent; smaller differences between float32 losses are never called significant
 
 
 class Comparison(NamedTuple):
     """A method against a reference, paired by seed: the same initial weights and batches.
 
-    seeds: how many trainings of the method there are; 0 where all its trials diverged, and none was judged.
-    diverged: on how many of these it diverged.
-    r: R of each seed in percent, above 0 where the method's loss is lower; empty where either diverged on any seed.
-    mean, sd: of r; the sample's standard deviation, None for one seed.
-    p_normal, p_t: of the two-sided Wald test that the mean of R is 0; None where there is no sd.
+    seeds: the number of the method's trainings; 0 if all its trials diverged, so that none was judged.
+    diverged: how many of these diverged.
+    r: R of each seed in percent, above 0 if the method's loss is lower; empty if either diverged on any seed.
+    mean, sd: of r; sd is the sample standard deviation, None for one seed.
+    p_normal, p_t: p-values of the two-sided Wald test that the mean of R is 0; None without sd.
     """
 
     seeds: int
@@ -35,7 +35,7 @@ class Comparison(NamedTuple):
 
     @property
     def marks(self) -> str:
-        """Stars for p_t, the larger of the two p; none where the mean is below the resolution."""
+        """Stars for p_t, the larger of the two p-values; none if the mean is below the resolution."""
         p = 1.0 if self.p_t is None or self.mean is None or abs(self.mean) < RESOLUTION else self.p_t
         return next((stars for limit, stars in MARKS if p < limit), "")
 
@@ -50,14 +50,14 @@ class Comparison(NamedTuple):
 
 
 def scores(curves: Sequence[Curve], criterion: str) -> list[float | None]:
-    """Each seed's loss by a criterion of `CRITERIA`, None where the training diverged."""
+    """Return each seed's loss by a criterion of `CRITERIA`, None if the training diverged."""
     score = CRITERIA[criterion]
     finite = [[loss for loss in curve if loss is not None] for curve in curves]
     return [score(known) if len(known) == len(curve) else None for known, curve in zip(finite, curves, strict=True)]
 
 
 def compare(losses: Sequence[float | None], reference: Sequence[float | None]) -> Comparison:
-    """``R = 100 (1 - loss / reference)`` over the seeds, in percent, and its test."""
+    """Compute ``R = 100 (1 - loss / reference)`` over the seeds, in percent, and test its mean."""
     diverged = sum(loss is None for loss in losses)
     pairs = [(loss, other) for loss, other in zip(losses, reference, strict=False) if loss is not None and other]
     if not losses or len(pairs) < max(len(losses), len(reference)):
@@ -69,7 +69,7 @@ def compare(losses: Sequence[float | None], reference: Sequence[float | None]) -
 
 
 def wald(values: Sequence[float]) -> tuple[float, float]:
-    """Two-sided p of a mean of 0: by the normal distribution, and by Student's t, one degree fewer than values."""
+    """Return two-sided p-values for a mean of 0: normal, and Student's t with len(values) - 1 degrees of freedom."""
     from scipy.stats import norm, t
 
     mean, error = fmean(values), stdev(values) / sqrt(len(values))

@@ -1,4 +1,4 @@
-"""The tables: every experiment is a row, with or without a result, as Markdown, LaTeX and JSON.
+"""The tables as Markdown, LaTeX and JSON, with a row for every experiment, whether it has a result or not.
 
 A result is what `contest.run`, `resnet.run` and `llm.run` return.
 """
@@ -21,7 +21,7 @@ from to_finetune.paper.tuning import CRITERIA
 
 Results = Mapping[str, Mapping[str, Any]]  # by the case's name
 DATASETS = {"smallnorb": "SmallNORB", "covtype": "CovType", "kdd": "KDD", "news20": "News20", "mnist": "MNIST"}
-GROUPS = {  # rows by name, and what they are called
+GROUPS = {  # rows by name, with their labels
     "strongly convex": {case.name: f"{DATASETS[case.dataset]}, λ = {case.l2:.3f}" for case in STRONGLY_CONVEX},
     "convex": {case.name: DATASETS[case.dataset] for case in CONVEX},
     "FFN": {case.name: f"{DATASETS[case.dataset]}, {case.hidden[0]} hidden units" for case in FFN},
@@ -35,7 +35,7 @@ LOSSES = {
     "area": "the mean of the training losses recorded after the start, that is the area under the curve",
 }
 PAPERS = [name for name, method in METHODS.items() if not method.ours and name != "adam"]
-COMPARED = [*PAPERS, *(f"{name}_ours" for name in PAPERS)]  # Momentum of ours in the LLM's row alone
+COMPARED = [*PAPERS, *(f"{name}_ours" for name in PAPERS)]  # momentum_ours is only in the LLM's row
 NOTE = (
     "Table numbers are ours: the paper's tables reached us without them. R = 100 (1 − L / L of Adam) in percent, above "
     "0 where the method is better than Adam; L is {loss}. Mean ± standard deviation over the seeds, paired: a seed "
@@ -59,7 +59,7 @@ class Cell(NamedTuple):
 
 
 class Table(NamedTuple):
-    """One criterion's cells, (heads - 1) in a row, by group and by the row's label."""
+    """One criterion's cells, (heads - 1) in each row, by group and row label."""
 
     name: str
     title: str
@@ -69,12 +69,12 @@ class Table(NamedTuple):
 
 
 def label(method: str) -> str:
-    """Adam, Full TO; Full TO† where it is ours."""
+    """Return a method's label, such as Adam or Full TO; Full TO† if it is ours."""
     return METHODS[method.removesuffix("_ours")].label + "†" * method.endswith("_ours")
 
 
 def write(results: Results, folder: Path) -> list[Path]:
-    """Write every table into the folder; the paths."""
+    """Write every table into the folder; return the paths."""
     texts = {"rates.md": rates_markdown(results), "tables.json": json.dumps(everything(results), indent=1) + "\n"}
     for name in TABLES:
         tables = [make(results, name, criterion) for criterion in CRITERIA]
@@ -86,7 +86,7 @@ def write(results: Results, folder: Path) -> list[Path]:
 
 
 def make(results: Results, name: str, criterion: str) -> Table:
-    """The table of this name, by this criterion."""
+    """Build the table of this name, by this criterion."""
     columns = [method for method in COMPARED if method in METHODS or name == "table6"]
     groups = {
         group: {
@@ -104,12 +104,12 @@ def make(results: Results, name: str, criterion: str) -> Table:
 
 
 def smaller(result: Mapping[str, Any] | None) -> str:
-    """What stands behind the label of a case that was run in a reduced protocol."""
+    """Return the suffix to the label of a case that was run in a reduced protocol."""
     return ", reduced" if result and result["protocol"]["name"] == "reduced" else ""
 
 
 def cells(result: Mapping[str, Any] | None, row: str, criterion: str, columns: Sequence[str]) -> list[Cell]:
-    """A row: Adam's mean loss, then R of the methods in the columns."""
+    """Return a row: Adam's mean loss, then R of the methods in the columns."""
     if result is None:
         return [Cell(missing(row))] * (1 + len(columns))
     losses = by_seed(result, criterion)
@@ -135,7 +135,7 @@ def r_cell(found: Comparison | None, best: float) -> Cell:
 
 
 def numbers(values: Sequence[float]) -> list[str]:
-    """Percentages, with as many decimals as give the largest three digits, but four at most."""
+    """Format percentages with as many decimals as give the largest three digits, but four at most."""
     size = max(map(abs, values))
     decimals = min(max(2 - floor(log10(size)), 0), 4) if size else 0
     texts = (f"{value:.1e}" if size >= 1e6 else f"{value:.{decimals}f}" for value in values)
@@ -143,15 +143,15 @@ def numbers(values: Sequence[float]) -> list[str]:
 
 
 def by_seed(result: Mapping[str, Any], criterion: str) -> dict[str, list[float | None]]:
-    """Each method's losses, a list over the seeds, by the criterion that its rates were chosen for."""
+    """Return each method's losses over the seeds, by the criterion that its rates were chosen for."""
     return {name: scores(found["curves"][criterion], criterion) for name, found in result["methods"].items()}
 
 
 class Reading(NamedTuple):
-    """In how many cases a method is significantly better than `against`, and so on.
+    """The number of cases in which a method is significantly better than `against`, and so on.
 
-    without_slope: the tuning chose alpha = 0. Such a case is momentum, from fewer betas and values of lr than
-    Momentum's own, and says nothing of the slope: it is counted here alone.
+    without_slope: the tuning chose alpha = 0. Such a case is momentum, tuned over fewer values of beta and lr than
+    Momentum itself, and says nothing about the slope, so it is counted only here.
     """
 
     method: str
@@ -166,7 +166,7 @@ class Reading(NamedTuple):
 
 
 def reading(results: Results) -> list[Reading]:
-    """The counts of each method, criterion and reference over all finished cases that have the method."""
+    """Count the verdicts for each method, criterion and reference over all finished cases that have the method."""
     return [
         _count(finished, method, criterion, against)
         for criterion in CRITERIA
@@ -198,7 +198,7 @@ def _count(results: Sequence[Mapping[str, Any]], method: str, criterion: str, ag
 
 
 def reference(methods: Collection[str], method: str, against: str) -> str:
-    """`against`, but where Momentum has our gradients too, ours is compared with that."""
+    """Return what a method is compared with: `against`, or for ours its "_ours" variant if there is one."""
     same = f"{against}_ours"
     return same if method.endswith("_ours") and method != same and same in methods else against
 
@@ -213,7 +213,7 @@ RATES_NOTE = (
 
 
 def rates(results: Results) -> Iterator[tuple[str, ...]]:
-    """What `RATE_HEADS` names, for each case, method and criterion; a line for both where they chose the same."""
+    """Yield the cells of `RATE_HEADS` for each case, method and criterion; one row if both criteria chose the same."""
     for row, (group, title) in ROWS.items():
         for method, found in results.get(row, {"methods": {}})["methods"].items():
             winners = found["winners"]
@@ -224,7 +224,7 @@ def rates(results: Results) -> Iterator[tuple[str, ...]]:
 
 
 def _rates(winner: Mapping[str, Any], lrs: Sequence[float]) -> Iterator[str]:
-    """lr, alpha, beta (both of Adam's) and schedule, a dash for what the method has not."""
+    """Yield lr, alpha, beta (both of Adam's) and schedule, a dash for those that the method does not have."""
     if winner.get("lr") in (min(lrs), max(lrs)):
         winner = {**winner, "lr": f"{winner['lr']:.4g} (end)"}
     for names in (("lr",), ("alpha",), ("beta", "beta1", "beta2"), ("schedule",)):
@@ -238,7 +238,7 @@ def rates_markdown(results: Results) -> str:
 
 
 def everything(results: Results) -> dict[str, Any]:
-    """All numbers of the tables, for programs; R is in percent."""
+    """Return all numbers of the tables, for programs; R is in percent."""
     rows = {
         row: {"group": group, "label": title, "criteria": {name: _numbers(results[row], name) for name in CRITERIA}}
         if row in results

@@ -1,4 +1,4 @@
-"""What can be reproduced, by name. Imports nothing heavy: the command's help lists it."""
+"""The targets of `to-finetune reproduce`, by name. Imports nothing heavy, since the command's help lists them."""
 
 from __future__ import annotations
 

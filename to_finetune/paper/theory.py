@@ -5,7 +5,7 @@ Ridge-regularised logistic and least-squares regression with mini-batches, n = 8
 expectation is a mean over runs, and all methods of a problem see the same mini-batches.
 
 - O(1/t): ``E||w_t - w*||^2`` and ``E||G_t - grad F(w_t)||^2`` fall like 1/t under the theorem's schedule, the second
-  only if beta falls too; without and with the projection onto a ball that w* lies in.
+  only if beta falls too; without and with projection onto a ball that contains w*.
 - Proposition 2: A and b stay within `proposition_2_bound` where its condition on the sum of alpha holds.
 """
 
@@ -27,7 +27,7 @@ from to_finetune.paper.tuning import rounded
 ROWS, N, RIDGE, BATCH, SEED = 200, 8, 0.3, 8, 7
 LR, BETA, T0 = 8.0, 6.0, 20.0  # lr_t = LR / (t + T0) and so on; alpha comes from the proposition's condition
 CONSTANT_BETA = BETA / T0
-ADAM_LR = 2.0  # less, because Adam divides by the gradient's size
+ADAM_LR = 2.0  # less than LR, because Adam divides by the gradient's size
 BETA1, BETA2 = torch.tensor([0.9, 0.999], dtype=torch.float64)
 POINTS, WINDOW = 44, 20  # a curve's log-spaced points; its slope is fitted to those from steps / WINDOW on
 FACTORS = (1.0, 10.0, 100.0, 1000.0)  # times the largest sum of alpha that the proposition allows
@@ -43,7 +43,7 @@ class Problem(NamedTuple):
     link: Callable[[Tensor], Tensor]
     optimum: Tensor  # w*, (N,)
     radius: float  # D, a little more than ||w*||
-    g_max: float  # no mini-batch gradient in the ball of radius D is longer
+    g_max: float  # a bound on the norm of mini-batch gradients in the ball of radius D
 
 
 class Form(NamedTuple):
@@ -65,7 +65,7 @@ class Step(NamedTuple):
 
 
 def run(quick: bool, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Every number of the reproduction, ready for JSON; the quick form is smaller and has the same parts."""
+    """Compute every number of the reproduction, ready for JSON; the quick form is smaller but has the same parts."""
     runs, steps, proposition_steps = QUICK if quick else FULL
     settings = {
         **{"rows": ROWS, "n": N, "ridge": RIDGE, "batch": BATCH, "seed": SEED, "runs": runs, "steps": steps},
@@ -96,7 +96,7 @@ def run(quick: bool, progress: Callable[[str], None] = lambda _: None) -> dict[s
 
 
 def make_problem(name: str) -> Problem:
-    """Of "ridge_logistic" (labels 0 and 1) and "quadratic" the one with this name; w* by Newton's method."""
+    """Build the problem "ridge_logistic" (labels 0 and 1) or "quadratic", with w* by Newton's method."""
     generator = torch.Generator().manual_seed(SEED)
     rows = torch.randn(ROWS, N, dtype=torch.float64, generator=generator)
     noise = torch.rand(ROWS, dtype=torch.float64, generator=generator)
@@ -115,18 +115,18 @@ def make_problem(name: str) -> Problem:
 
 
 def gradient(problem: Problem, w: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-    """Of the loss over these rows at w, (N,)."""
+    """Return the gradient of the loss over these rows at w, (N,)."""
     return RIDGE * w + rows.mT @ (problem.link(rows @ w) - targets) / len(rows)
 
 
 def largest_alpha(radius: float) -> float:
-    """The alpha for which the sum of ``alpha/(t+T0)^2`` over all t is the proposition's ``1/(2 D^2)``."""
+    """Return the alpha for which the sum of ``alpha/(t+T0)^2`` over all t is the proposition's ``1/(2 D^2)``."""
     inverse_squares = torch.special.polygamma(1, torch.tensor(T0, dtype=torch.float64)).item()
     return 1 / (2 * radius**2 * inverse_squares)
 
 
 def initial_state(method: str) -> State:
-    """Of one member: zeros, but RankOne's v."""
+    """Return the initial state of one member: zeros, except RankOne's v."""
     zero = torch.zeros(N, dtype=torch.float64)
     if method == "full_to":
         return torch.diag(zero), zero
@@ -138,7 +138,7 @@ def initial_state(method: str) -> State:
 def update(
     method: str, w: Tensor, g: Tensor, state: State, lr: Tensor, alpha: Tensor, beta: Tensor, t: Tensor
 ) -> tuple[Tensor, State, Tensor]:
-    """One member's step after t others: the new w and state, and the estimate G of the gradient."""
+    """Take one member's step after t others; return the new w and state, and the estimate G of the gradient."""
     if method == "adam":
         w, m, v = adam(w, g, *state, lr=lr * (ADAM_LR / LR), beta1=BETA1, beta2=BETA2, t=t + 1)
         return w, (m, v), m / (1 - BETA1 ** (t + 1))
@@ -156,7 +156,7 @@ def update(
 
 
 def trajectory(problem: Problem, method: str, forms: list[Form], runs: int, steps: int) -> Iterator[Step]:
-    """Every form of a method, `runs` times, from w = 0; the forms see the same mini-batches."""
+    """Yield the steps of all forms of a method, `runs` times each, from w = 0, on the same mini-batches."""
 
     def one(
         w: Tensor, state: State, batch: Tensor, alpha: Tensor, beta: Tensor, radius: Tensor, lr: Tensor, t: Tensor
@@ -184,7 +184,7 @@ def trajectory(problem: Problem, method: str, forms: list[Form], runs: int, step
 
 
 def convergence(problem: Problem, method: str, runs: int, steps: int) -> dict[Form, dict[str, Any]]:
-    """Curves and slopes of one method, each form's; SGD and Adam have no beta to keep constant."""
+    """Compute the curves and slopes of each form of a method; SGD and Adam have no beta to keep constant."""
     constant = (False,) if method in ("sgd", "adam") else (False, True)
     forms = [Form(projected, constant_beta) for projected in (False, True) for constant_beta in constant]
     full_gradient = torch.vmap(partial(gradient, problem, rows=problem.rows, targets=problem.targets))
@@ -207,10 +207,10 @@ def convergence(problem: Problem, method: str, runs: int, steps: int) -> dict[Fo
 
 
 def fitted_slope(steps: list[int], values: Tensor) -> tuple[float, float]:
-    """The slope of log E against log(t + T0) over the window, by least squares, and its jackknife standard error.
+    """Fit the slope of log E against log(t + T0) over the window by least squares, with a jackknife standard error.
 
-    values: (points, runs), whose mean over runs is E; the jackknife leaves one run out at a time, and so is right
-    for points of one run that depend on each other.
+    values: (points, runs), whose mean over runs is E. The jackknife leaves out one run at a time, so the error is valid
+    although the points of a run depend on each other.
     """
     inside = torch.tensor(steps) >= steps[-1] / WINDOW
     x = (torch.tensor(steps, dtype=torch.float64)[inside] + T0).log()
@@ -223,26 +223,26 @@ def fitted_slope(steps: list[int], values: Tensor) -> tuple[float, float]:
 
 
 def proposition_2_bound(radius: float, g_max: float, alpha_sum: float) -> tuple[float, float]:
-    """Bounds of the Frobenius norm of A and of the norm of b, for Full and Diagonal TO, at any time.
+    """Return bounds on the Frobenius norm of A and on the norm of b, for Full and Diagonal TO, at any time.
 
-    Our reconstruction (the paper's formulas were lost to us). Let ``A_0 = b_0 = 0``, ``||w_t|| <= D``,
+    Our reconstruction (the paper's formulas did not reach us). Let ``A_0 = b_0 = 0``, ``||w_t|| <= D``,
     ``||g_t|| <= g``, ``0 <= beta_t <= 1``, ``sum alpha_t <= 1/(2 D^2)``, and M_t the largest ``||A_s||_F``, s <= t.
     b_{t+1} is a mean of b_t and ``g_t - A_t w_t``, so ``||b_t|| <= g + D M_t`` by induction.
-    ``A_{t+1} = A_t (I - alpha_t w w^T) - alpha_t (b_t - g_t) w^T`` and ``alpha_t D^2 <= 1/2``, so the first factor
-    lengthens nothing: ``M_{t+1} <= M_t + alpha_t D (2 g + D M_t)``, that is
+    ``A_{t+1} = A_t (I - alpha_t w w^T) - alpha_t (b_t - g_t) w^T`` and ``alpha_t D^2 <= 1/2``, so the factor
+    ``I - alpha_t w w^T`` increases no norm: ``M_{t+1} <= M_t + alpha_t D (2 g + D M_t)``, that is
     ``M_{t+1} + 2 g/D <= (1 + alpha_t D^2) (M_t + 2 g/D)``. With ``1 + x <= e^x``, and S the sum of alpha,
     ``||A_t|| <= (2 g/D) (e^(S D^2) - 1)`` and ``||b_t|| <= g + D ||A||``: at the limit 1.30 g/D and 2.30 g.
-    Diagonal the same, elementwise: ``|1 - alpha w_i^2| <= 1``. RankOne has no such bound: u and v feed each other.
-    To first order in ``S D^2`` nothing smaller is a bound of A: an adversary in the tests reaches 98 % of it.
+    Diagonal TO likewise, elementwise: ``|1 - alpha w_i^2| <= 1``. RankOne has no such bound: u and v feed each other.
+    To first order in ``S D^2`` no smaller bound on A holds: an adversary in the tests reaches 98 % of it.
     """
     slope = 2 * g_max / radius * (exp(alpha_sum * radius**2) - 1)
     return slope, g_max + radius * slope
 
 
 def proposition_2(problem: Problem, runs: int, steps: int) -> dict[str, Any]:
-    """The largest norms of A and b over runs and steps, over the bound that holds at factor 1.
+    """Return the largest norms of A and b over runs and steps, divided by the bounds that hold at factor 1.
 
-    Beyond it alpha may pass the ``2/D^2`` up to which a step with the same w contracts: see first_alpha_D2.
+    At larger factors alpha may exceed the ``2/D^2`` up to which a step with the same w contracts: see first_alpha_D2.
     """
     limit = 1 / (2 * problem.radius**2)
     slope_bound, offset_bound = proposition_2_bound(problem.radius, problem.g_max, limit)
@@ -264,7 +264,7 @@ def proposition_2(problem: Problem, runs: int, steps: int) -> dict[str, Any]:
 
 
 def slope_norm(method: str, state: State) -> Tensor:
-    """The Frobenius norm of A, (forms, runs)."""
+    """Return the Frobenius norm of A, (forms, runs)."""
     if method == "rank_one_to":
         return state[0].norm(dim=-1) * state[1].norm(dim=-1)
     return state[0].flatten(2).norm(dim=-1)

@@ -1,4 +1,4 @@
-"""How every experiment chooses its rates: the best trial on one seed, from a grid of lr that is widened at its ends."""
+"""Choose an experiment's rates: the best trial on one seed, from a grid of lr that is widened at its ends."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 from to_finetune.paper.methods import Trial
 
-Losses = list[float]  # of a training, from its start on; infinite once diverged, NaN where it was not trained so far
+Losses = list[float]  # of a training, from its start on; infinite once diverged, NaN beyond an early stop
 Criterion = Callable[[Losses], float]
 
 CRITERIA: dict[str, Criterion] = {
     "minimum": lambda losses: min(losses[1:]),  # the paper's
-    "area": lambda losses: sum(losses[1:]) / (len(losses) - 1),  # under the curve from the first evaluation on: speed
+    "area": lambda losses: sum(losses[1:]) / (len(losses) - 1),  # under the curve after the start: rewards speed
 }
 TUNING_SEED = 0
-DIGITS = 9  # of a loss in a result: more than float32 has
+DIGITS = 9  # significant digits of a loss in a result: more than float32 has
 
 
 def choose(
@@ -25,16 +25,17 @@ def choose(
     losses_of: Callable[[list[Trial]], list[Losses]],
     widenings: int,
 ) -> dict[str, Any]:
-    """The best trial by each criterion; no winner stands at an end of the grid, unless it was widened so often.
+    """Choose the best trial by each criterion, widening the grid of lr while a winner is at its end.
 
     Args:
-        lrs: the values of lr to begin with, a geometric series.
-        trials_of: the trials that values of lr stand for.
-        losses_of: the losses of trials on the tuning seed.
+        lrs: the initial values of lr, a geometric series.
+        trials_of: returns the trials for values of lr.
+        losses_of: returns the losses of trials on the tuning seed.
+        widenings: how often the grid is widened at most.
 
     Returns:
-        JSON: the number of `trials`, how many `diverged`, the `lrs` that were tried and by how many the grid was
-        `widened`, and the `winners` by criterion, None where all diverged.
+        JSON: the number of `trials`, how many `diverged`, the `lrs` that were tried, by how many values the grid was
+        `widened`, and the `winners` by criterion, None if all diverged.
     """
     tried: list[Trial] = []
     curves: list[Losses] = []
@@ -46,7 +47,7 @@ def choose(
         winners = {name: best(tried, curves, score) for name, score in CRITERIA.items()}
         if widened == widenings:
             break
-        at = [winner["lr"] if winner else grid[0] for winner in winners.values()]  # where all diverged, go down
+        at = [winner["lr"] if winner else grid[0] for winner in winners.values()]  # if all diverged, go down
         new = beyond(grid, at)
         if not new:
             break
@@ -61,13 +62,13 @@ def choose(
 
 
 def best(trials: list[Trial], curves: list[Losses], score: Criterion) -> Trial | None:
-    """The trial with the lowest score, of those that were trained to the end."""
+    """Return the trial with the lowest score among those trained to the end; None if there is none."""
     finished = [i for i, losses in enumerate(curves) if math.isfinite(losses[-1])]
     return trials[min(finished, key=lambda i: score(curves[i]))] if finished else None
 
 
 def beyond(lrs: list[float], winners: list[float]) -> list[float]:
-    """The values to try next: as many as make up half a decade, at each end of the grid where a winner stands."""
+    """Return the values of lr to try next: about half a decade beyond each end of the grid that a winner is at."""
     ratio = lrs[1] / lrs[0]
     more = range(1, round(0.5 / math.log10(ratio)) + 1)
     lower = [lrs[0] / ratio**i for i in more if lrs[0] in winners]
@@ -76,12 +77,12 @@ def beyond(lrs: list[float], winners: list[float]) -> list[float]:
 
 
 def points(steps: int, evaluations: int) -> list[int]:
-    """After how many steps the loss is taken, evenly, the start first."""
+    """Return the evenly spaced steps after which the loss is taken, starting with 0."""
     return [steps * i // evaluations for i in range(evaluations + 1)]
 
 
 def rounded(value: Any, digits: int = 6) -> Any:
-    """Every float in it with so many digits, None for one that is not finite; anything else as it is."""
+    """Round every float in `value` to so many significant digits, None if it is not finite; keep all else."""
     if isinstance(value, dict):
         return {key: rounded(one, digits) for key, one in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Memory, time and cost before a run."""
+"""Estimates of a run's memory, time and cost before it starts."""
 
 from to_finetune.planning.fit import Choice, Proposal, pick_subset, proposals
 from to_finetune.planning.memory import Plan, plan

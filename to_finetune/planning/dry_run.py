@@ -1,8 +1,8 @@
-"""A training step without weights, memory or arithmetic: what lives when, and what would be computed.
+"""Dry-run a training step on fake tensors, to find its peak memory and its FLOPs.
 
-The real model class runs forward and backward on fake tensors, which have shapes and dtypes only, under autocast, the
-subset's frozen weights and gradient checkpointing as in a run. Autograd keeps and drops the same tensors there as it
-would on a GPU, so that the largest sum of their bytes at any moment is the peak, for any architecture.
+The real model class runs forward and backward on tensors that have shapes and dtypes but no data, with the autocast,
+frozen weights and gradient checkpointing of a run. Autograd saves and frees the same tensors as it would on a GPU, so
+the largest sum of live bytes at any moment is the peak, for any architecture.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from to_finetune.model.subset import keep_trained_in_float32, select_trainable
 from to_finetune.planning.settings import CannotSay, Lora, Workload
 
 aten = torch.ops.aten
-GPU_BLOCK = 512  # bytes; CUDA's allocator rounds up to it
+GPU_BLOCK = 512  # bytes; the CUDA caching allocator rounds sizes up to a multiple of it
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter, as one GPU would hold it whole.
+    """A parameter as one GPU would hold it unsharded.
 
     Attributes:
-        itemsize: bytes of a number.
-        quantizable: whether bitsandbytes would quantise it: the matrix of a frozen linear layer that is not the head.
+        itemsize: bytes per element.
+        quantizable: whether bitsandbytes would quantise it: the matrix of a frozen linear layer other than the head.
     """
 
     name: str
@@ -57,13 +57,13 @@ class Weight:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a micro-batch takes.
+    """The memory and arithmetic of one micro-batch.
 
     Attributes:
-        weights: of the model, tied ones once.
-        buffers: of the model, bytes.
+        weights: the model's parameters, tied ones once.
+        buffers: bytes of the model's buffers.
         peak: the most bytes of activations and kept gradients at any moment.
-        flops: of the matrix products and attention, forward, backward and recomputation.
+        flops: of matrix products and attention, over forward, backward and recomputation.
     """
 
     weights: tuple[Weight, ...]
@@ -73,19 +73,19 @@ class DryRun:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Sums up the storages that live, of those made under it, as an allocator would, and the arithmetic.
+    """Tracks the bytes of live storages that were created under it, as an allocator would, and counts FLOPs.
 
     Attributes:
-        live, peak: bytes, now and at most.
+        live, peak: current and peak bytes.
         flops: of matrix products and attention.
     """
 
     def __init__(self, existing: Sequence[Tensor] = (), gpu: bool = False) -> None:
-        """existing: tensors that are not counted; gpu: whether to allocate as CUDA does."""
+        """Leave out the tensors in `existing`; with `gpu`, count memory as on a CUDA device."""
         super().__init__()
         self.live = self.peak = self.flops = 0
         self._gpu = gpu
-        self._existing = [t.untyped_storage() for t in existing]  # kept, so that no other takes their addresses
+        self._existing = [t.untyped_storage() for t in existing]  # kept alive: their addresses must not be reused
         self._known: dict[int, Any] = dict.fromkeys(storage._cdata for storage in self._existing)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -98,7 +98,7 @@ class LiveBytes(TorchDispatchMode):
                 self._add(t.untyped_storage())
         scratch = 0
         if self._gpu and func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
-            scratch = 4 * args[1].numel()  # CUDA's kernels sum the queries' gradient up in float32
+            scratch = 4 * args[1].numel()  # CUDA's kernels accumulate the gradient of the queries in float32
         self.peak = max(self.peak, self.live + scratch)
         return out
 
@@ -117,23 +117,23 @@ class LiveBytes(TorchDispatchMode):
 
 @lru_cache(maxsize=256)
 def dry_run(work: Workload, passes: str, accumulating: bool) -> DryRun:
-    """One micro-batch, forward and backward.
+    """Run one micro-batch forward and backward on fake tensors.
 
     Args:
         work: the micro-batch.
         passes: a layout, from `Settings.passes`.
-        accumulating: whether the gradients of an earlier micro-batch are there already.
+        accumulating: whether gradients of an earlier micro-batch already exist.
 
     Raises:
-        UsageError: for a pattern that finds nothing.
-        CannotSay: where the model's operations cannot run without data.
+        UsageError: for a pattern that matches nothing.
+        CannotSay: if the model's operations cannot run without data.
     """
     try:
         with without_zero3(), FakeTensorMode():
             return _dry_run(work, passes, accumulating)
     except UsageError:
         raise
-    except Exception as error:  # whatever a model's code does that fake tensors cannot
+    except Exception as error:  # a model's code may fail on fake tensors in any way
         reason = shorten(f"{type(error).__name__}: {error}", 300)
         raise CannotSay(f"{work.model.name}: a training step cannot be run without data ({reason}).") from error
 
@@ -145,12 +145,12 @@ def _dry_run(work: Workload, passes: str, accumulating: bool) -> DryRun:
     trained = [p for p in parameters if p.requires_grad]
     if passes in ("fsdp2", "zero2"):
         for p in trained:
-            p.register_post_accumulate_grad_hook(_drop_gradient)  # its shard is counted apart
+            p.register_post_accumulate_grad_hook(_drop_gradient)  # its shard is counted separately
     elif accumulating:
         for p in trained:
             p.grad = torch.empty_like(p)
     gradients = [p.grad for p in trained if p.grad is not None]
-    masked = work.attention in _WITH_MASKS  # else flash attention parts joined rows, as those of a batch
+    masked = work.attention in _WITH_MASKS  # flash attention keeps joined rows apart, like those of a batch
     shape = (1, work.rows * work.length) if work.joined and masked else (work.rows, work.length)
     batch = {name: torch.ones(shape, dtype=torch.int64) for name in ("input_ids", "attention_mask", "labels")}
     autocast = work.mixed_precision and passes in ("ddp", "fsdp2")  # DeepSpeed casts the model instead
@@ -171,7 +171,7 @@ def _dry_run(work: Workload, passes: str, accumulating: bool) -> DryRun:
 
 
 def _model(work: Workload, sharded: bool) -> Any:
-    """The model as `prepare_model` makes it, or as it computes where the layout shards it; on fake tensors."""
+    """Build the model as `prepare_model` does, or in its compute dtype if the layout shards it; on fake tensors."""
     attention = work.attention if work.attention in _WITH_MASKS else _FLASH
     computing = getattr(torch, work.mixed_precision) if sharded and work.mixed_precision else None
     model = AutoModelForCausalLM.from_config(
@@ -197,7 +197,7 @@ def _model(work: Workload, sharded: bool) -> Any:
 
 
 def _with_adapters(model: nn.Module, lora: Lora, dtype: torch.dtype) -> Any:
-    """As a run makes them; peft cannot move fake tensors, so it makes them on the meta device."""
+    """Add adapters as a run does, first on the meta device because peft cannot move fake tensors."""
     targets = lora.targets and list(lora.targets)
     with unset_fake_temporarily(), torch.device("meta"):
         adapted = with_adapters(model, lora_config(lora.rank, lora.rank, lora.dropout, targets))
@@ -221,7 +221,7 @@ def _quantizable(model: Any) -> list[Any]:
 
 
 def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """As TRL's SFTTrainer computes it: the head in tiles, without the logits of all tokens at once."""
+    """Compute the loss as TRL's SFTTrainer does: the head in tiles, never the logits of all tokens at once."""
     from trl.trainer.utils import add_fused_lm_head
 
     headed = model.get_base_model() if hasattr(model, "peft_config") else model
@@ -236,12 +236,12 @@ def _drop_gradient(p: Tensor) -> None:
 
 @contextmanager
 def _kernels_of(device: str) -> Iterator[None]:
-    """On a GPU, TRL's head works in place in Triton, where its CPU code makes copies."""
+    """Patch TRL's head to work in place, as its Triton kernels do on a GPU; its CPU code makes copies."""
     from trl.kernels import chunked_logprob
 
     in_place: dict[str, Any] = dict.fromkeys(("_forward_tile", "_backward_tile"), lambda *args, **kwargs: None)
-    if hasattr(aten.addmm, "dtype_out"):  # torch 2.8; before, TRL makes the copies on a GPU as well
-        # In float32 as acc is, since torch before 2.13 knows no products of mixed dtypes without data.
+    if hasattr(aten.addmm, "dtype_out"):  # from torch 2.8 on; before, TRL makes copies on a GPU too
+        # In acc's float32, since torch before 2.13 does not support products of mixed dtypes on fake tensors.
         in_place["_addmm_fp32"] = lambda acc, a, b: torch.addmm(acc, _like(a, acc), _like(b, acc), out=acc)
     before = {name: getattr(chunked_logprob, name) for name in in_place}
     try:
@@ -253,7 +253,7 @@ def _kernels_of(device: str) -> Iterator[None]:
 
 
 def _like(x: Tensor, other: Tensor) -> Tensor:
-    """A tensor of x's shape and other's dtype that takes no memory."""
+    """Return a tensor of x's shape and other's dtype that stores a single element."""
     return other.new_empty(()).expand(x.shape)
 
 
@@ -262,17 +262,17 @@ def _flash(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: A
 
 
 _WITH_MASKS = (None, "eager", "sdpa")
-# Flash attention keeps what torch's own does, and no mask; it is not installed where a plan is made.
-_FLASH = "to_finetune_maskless"  # a name with "flash" in it would be looked for on the hub
+# Flash attention saves what torch's own attention saves, without a mask; a plan must not depend on it being installed.
+_FLASH = "to_finetune_maskless"  # a name with "flash" in it would be looked up on the hub
 AttentionInterface.register(_FLASH, _flash)
 
 
 class _QuantizedProduct(torch.autograd.Function):
-    """bitsandbytes' product with a frozen quantised matrix, as far as memory goes; autograd keeps no weight of it."""
+    """The memory use of bitsandbytes' product with a frozen quantised matrix; no dequantised weight is saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, is_int8: bool) -> Tensor:
-        ctx.weight, ctx.x = weight, x if is_int8 else None  # LLM.int8() holds on to the input, though it is not used
+        ctx.weight, ctx.x = weight, x if is_int8 else None  # LLM.int8() keeps its input alive without using it
         if is_int8:
             codes = torch.empty_like(x, dtype=torch.int8)
             products = x.new_empty(*x.shape[:-1], len(weight), dtype=torch.int32)
@@ -294,7 +294,7 @@ def _addmm_flop(acc: Any, a: Sequence[int], b: Sequence[int], *args: Any, **kwar
     return 2 * a[0] * a[1] * b[1]
 
 
-# torch's table, and what it lacks.
+# torch's table, with the operations and overloads that it lacks.
 _FLOPS = flop_registry | {
     aten.addmm: shape_wrapper(_addmm_flop),
     aten.addmm_: shape_wrapper(_addmm_flop),

@@ -1,4 +1,4 @@
-"""What would fit: the nearest setting that does, and the largest number of last layers."""
+"""Find settings that fit a memory budget: the nearest ones, and the largest number of last layers."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Proposal:
     """Settings that fit.
 
     Attributes:
-        changes: from those that were asked about, as flags.
-        plan: with the changes.
+        changes: the changes to the original settings, as flags.
+        plan: the plan with these changes.
     """
 
     changes: tuple[str, ...]
@@ -33,32 +33,32 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Choice:
-    """How last layers are said.
+    """How to train a number of last layers, and with which flag.
 
     Attributes:
-        modules: only these of each layer, as `unfrozen_modules` has them; None for whole layers.
-        as_patterns: for `--unfrozen_parameters`, in place of those of a recipe; else for `--unfrozen_last_layers`.
+        modules: train only these modules of each layer, named as in `unfrozen_modules`; None for whole layers.
+        as_patterns: use `--unfrozen_parameters`, which replaces a recipe's; else `--unfrozen_last_layers`.
     """
 
     modules: tuple[str, ...] | None = None
     as_patterns: bool = False
 
     def last(self, sizes: Mapping[str, int], count: int) -> list[str]:
-        """The patterns of the last `count` layers."""
+        """Return the patterns of the last `count` layers."""
         return last_layers(sizes, count) if self.modules is None else modules(sizes, self.modules, count)
 
 
 WHOLE_LAYERS = Choice()
 
-Level = tuple[str, Settings]  # a change in words, and the settings with it
-Change = Callable[[Settings], list[Level]]  # its levels, from mild to strong; none where it does not apply
+Level = tuple[str, Settings]  # a change as flags, and the settings with it
+Change = Callable[[Settings], list[Level]]  # returns its levels, from mild to strong; none if it does not apply
 
 
 def proposals(settings: Settings, budget: int, choice: Choice = WHOLE_LAYERS) -> list[Proposal]:
-    """What fits in `budget` bytes a GPU: the nearest setting that trains the same weights, and one of fewer layers."""
+    """Propose what fits in `budget` bytes per GPU: the nearest settings with the same weights, and fewer layers."""
     found = [nearest(settings, budget)]
     if settings.work.lora is None:
-        with suppress(UsageError):  # modules outside of the layers
+        with suppress(UsageError):  # for modules outside of the layers
             layers = pick_subset(settings, budget, choice)
             if layers and layers.plan.trained_weights < plan(settings).trained_weights:
                 found.append(layers)
@@ -68,7 +68,7 @@ def proposals(settings: Settings, budget: int, choice: Choice = WHOLE_LAYERS) ->
 
 
 def nearest(settings: Settings, budget: int) -> Proposal | None:
-    """What fits with the first few of `CHANGES` alone, each as mild as may be, or not at all."""
+    """Return what fits with as few of the first `CHANGES` as possible, each at its mildest or skipped."""
     for count in range(1, len(CHANGES) + 1):
         if plan(_strongest(settings, CHANGES[:count])).fits(budget):
             levels = _mildest(settings, CHANGES[:count], budget)
@@ -77,14 +77,14 @@ def nearest(settings: Settings, budget: int) -> Proposal | None:
 
 
 def pick_subset(settings: Settings, budget: int, choice: Choice = WHOLE_LAYERS) -> Proposal | None:
-    """Everything, or as many of the last layers as fit in `budget` bytes a GPU; None where not even one does.
+    """Pick everything, or as many last layers as fit in `budget` bytes per GPU; None if not even one fits.
 
-    The plan's `settings.work.unfrozen_parameters` are the patterns.
+    The chosen patterns are the plan's `settings.work.unfrozen_parameters`.
 
     Raises:
         UsageError: for a choice of modules that the last layers do not have.
     """
-    if choice.modules is None and settings.work.quantization is None:  # which leaves nothing to quantise
+    if choice.modules is None and settings.work.quantization is None:  # else some weights must stay frozen
         everything = plan(_training(settings, None))
         if everything.fits(budget):
             return Proposal(("--unfrozen_parameters .*",) if choice.as_patterns else (), everything)
@@ -104,7 +104,7 @@ def pick_subset(settings: Settings, budget: int, choice: Choice = WHOLE_LAYERS) 
 
 
 def _last_resort(settings: Settings, budget: int, choice: Choice) -> Proposal | None:
-    """The last layers that fit with all of `CHANGES` at their strongest."""
+    """Pick the last layers that fit with all `CHANGES` at their strongest."""
     few = _training(settings, choice.last(_sizes(settings), 1))
     last = pick_subset(_strongest(few, CHANGES), budget, choice)
     words = [text for text, _ in _all_strongest(few, CHANGES)]
@@ -130,7 +130,7 @@ def _checkpointing(settings: Settings) -> list[Level]:
 
 
 def _smaller_batches(settings: Settings) -> list[Level]:
-    """Of the same number of rows a step."""
+    """Return smaller micro-batches with the same number of rows per step."""
     rows, levels = settings.work.rows, list[Level]()
     for fewer in range(rows - 1, 0, -1):
         if rows % fewer == 0:
@@ -167,7 +167,7 @@ def _quantized_base(settings: Settings) -> list[Level]:
     ]
 
 
-# In the order in which they are tried: what changes nothing of the trajectory first, what changes the base last.
+# In the order in which they are tried: first those that keep the trajectory, last the one that changes the base.
 CHANGES: tuple[Change, ...] = (_checkpointing, _smaller_batches, _smaller_state, _quantized_base)
 
 
@@ -184,7 +184,7 @@ def _strongest(settings: Settings, changes: Sequence[Change]) -> Settings:
 
 
 def _mildest(settings: Settings, changes: Sequence[Change], budget: int) -> list[Level]:
-    """Of changes that fit all together at their strongest, the levels that do; each as mild as may be, in turn."""
+    """Choose the mildest level of each change in turn that still fits; all at their strongest must fit."""
     if not changes:
         return []
     first, rest = changes[0], changes[1:]

@@ -1,4 +1,4 @@
-"""What a run holds on each GPU: weights, gradients, state, activations, buffers."""
+"""The memory of a run on each GPU: weights, gradients, state, activations, buffers."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ from to_finetune.planning.dry_run import DryRun, Weight, dry_run
 from to_finetune.planning.settings import Settings
 from to_finetune.planning.state import StateBytes, state_bytes
 
-# Assumptions, in bytes and numbers.
+# Assumptions, in bytes or elements.
 CUDA_CONTEXT = 700_000_000  # the driver's context, cuBLAS' workspace and loaded kernels; varies with GPU and versions
-REDUCE_BUCKET = 500_000_000  # numbers; DeepSpeed's default, taken whole in the backward pass however small the model
-GATHERED = 1_050_000_000  # numbers; how many ZeRO-3 gathers at most: max_live_parameters and the prefetch bucket
-PERSISTENT = 100_000  # numbers; ZeRO-3 keeps smaller tensors whole
+REDUCE_BUCKET = 500_000_000  # elements; DeepSpeed's default, allocated whole in backward however small the model
+GATHERED = 1_050_000_000  # elements; the most that ZeRO-3 gathers: max_live_parameters plus the prefetch bucket
+PERSISTENT = 100_000  # elements; ZeRO-3 keeps smaller tensors whole
 
 PARTS = ("frozen", "trained", "gradients", "state", "activations", "buffers", "context")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on each GPU (decimal units in print); the largest share where processes hold different ones.
+    """The bytes of a run on each GPU (printed in decimal units), the largest share if processes hold different ones.
 
     Attributes:
-        settings: what it is the plan of.
-        total_weights, trained_weights: numbers, over all processes.
-        frozen: the base.
+        settings: the planned settings.
+        total_weights, trained_weights: counts, over all processes.
+        frozen: the frozen weights.
         trained: the trained weights, with the 32-bit copies that DeepSpeed keeps.
         gradients: of the trained weights.
-        state: the optimizer's.
-        activations: the most that a step needs beyond the parts above, backward and optimizer included.
-        buffers: the model's own, and what the layout communicates through.
-        context: CUDA's, an assumption.
-        host: in the CPU's memory for each process: offloaded state, or paged state of bitsandbytes.
+        state: the optimizer's state.
+        activations: the most that a step needs beyond the parts above, in the backward pass or the optimizer's step.
+        buffers: the model's own, and the layout's communication buffers.
+        context: the CUDA context, an assumption.
+        host: CPU memory of each process: offloaded state, or paged state of bitsandbytes.
         saved: the trained weights on disk, of all processes.
-        flops_per_token: of one token of one row, forward, backward and recomputation.
+        flops_per_token: over forward, backward and recomputation.
     """
 
     settings: Settings
@@ -58,23 +58,23 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Bytes at the peak, on each GPU."""
+        """Peak bytes on each GPU."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
-        """The bytes that `total` is the sum of, by the names of the attributes."""
+        """Return the bytes that add up to `total`, by attribute name."""
         return {name: getattr(self, name) for name in PARTS}
 
     def fits(self, budget: int) -> bool:
-        """Whether it does with `budget` bytes on each GPU."""
+        """Return whether the run fits in `budget` bytes on each GPU."""
         return self.total <= budget
 
 
 def plan(settings: Settings) -> Plan:
-    """The memory of a run.
+    """Plan the memory of a run.
 
     Raises:
-        UsageError: for a subset that finds nothing.
+        UsageError: for a pattern that matches nothing.
         CannotSay: for an optimizer or a model whose needs cannot be worked out without data.
     """
     work = settings.work
@@ -84,7 +84,7 @@ def plan(settings: Settings) -> Plan:
     offloaded = settings.is_offloaded
     masters = 4 * _share(settings, sum(w.numel for w in trained)) if settings.is_deepspeed else 0
     gradients = _gradient_bytes(settings, trained)
-    kept = gradients if settings.passes in ("ddp", "zero1") else 0  # they are in the run's peak
+    kept = gradients if settings.passes in ("ddp", "zero1") else 0  # included in the dry run's peak
     return Plan(
         settings=settings,
         total_weights=sum(w.numel for w in run.weights),
@@ -103,7 +103,7 @@ def plan(settings: Settings) -> Plan:
 
 
 def _step_bytes(settings: Settings, state: StateBytes, masters: int) -> int:
-    """What the optimizer's step needs; DeepSpeed's has 32-bit gradients, and the bucket's memory back."""
+    """Return what the optimizer's step needs; DeepSpeed's adds 32-bit gradients, but has freed the reduce bucket."""
     if not settings.is_deepspeed:
         return state.in_step
     return state.in_step + masters - REDUCE_BUCKET * _loaded_itemsize(settings)
@@ -114,18 +114,18 @@ def _share(settings: Settings, count: int) -> int:
 
 
 def _rows_share(settings: Settings, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of FSDP2's first shard, the largest."""
+    """Return the shape of FSDP2's first shard, the largest."""
     return (_share(settings, shape[0]), *shape[1:]) if shape else ()
 
 
 def _stepped(settings: Settings, trained: Sequence[Weight]) -> tuple[list[tuple[int, ...]], torch.dtype]:
-    """Shapes and dtype of the weights that this process steps."""
+    """Return the shapes and the dtype of the weights that one process's optimizer updates."""
     if settings.layout == "fsdp2":
         return [_rows_share(settings, w.shape) for w in trained], _dtype(_trained_itemsize(settings))
     if not settings.is_deepspeed:
         return [w.shape for w in trained], _dtype(trained[0].itemsize)
     shapes, left = list[tuple[int, ...]](), _share(settings, sum(w.numel for w in trained))
-    for w in trained:  # a flat partition, of runs of the weights
+    for w in trained:  # a flat partition: consecutive weights, cut at the share
         shapes.append((min(left, w.numel),))
         left -= shapes[-1][0]
         if not left:
@@ -144,14 +144,14 @@ def _loaded_itemsize(settings: Settings) -> int:
 
 
 def _trained_itemsize(settings: Settings) -> int:
-    """Of the trained weights: float32 under mixed precision, and adapters always, but not where DeepSpeed casts."""
+    """Return the trained weights' itemsize: 4 with mixed precision or adapters, unless DeepSpeed casts them."""
     work = settings.work
     kept = (work.mixed_precision or work.lora) and not settings.is_deepspeed
     return 4 if kept else _loaded_itemsize(settings)
 
 
 def _saved_itemsize(settings: Settings) -> int:
-    """Of the trained weights on disk; a TO saves DeepSpeed's 32-bit ones."""
+    """Return the trained weights' itemsize on disk; DiagonalTO and RankOneTO save DeepSpeed's 32-bit copies."""
     by_name = settings.optimizer in (DiagonalTO, RankOneTO)
     return 4 if settings.is_deepspeed and by_name else _trained_itemsize(settings)
 
@@ -167,7 +167,7 @@ def _trained_bytes(settings: Settings, trained: Sequence[Weight]) -> int:
 
 
 def _held_bytes(settings: Settings, w: Weight, itemsize: int) -> int:
-    """Of one weight as it lies between steps, `itemsize` where it is sharded."""
+    """Return the bytes of one weight between steps; `itemsize` applies if it is sharded."""
     if settings.layout == "fsdp2":
         return itemsize * torch.Size(_rows_share(settings, w.shape)).numel()
     if settings.layout.startswith("zero3"):
@@ -176,7 +176,7 @@ def _held_bytes(settings: Settings, w: Weight, itemsize: int) -> int:
 
 
 def _quantized_bytes(w: Weight, quantization: str) -> int:
-    """bitsandbytes' int8 with a float32 scale a row, or nf4 with one for 64 numbers and its table of 16 codes."""
+    """Return the bytes of bitsandbytes' int8 (a float32 scale per row) or nf4 (one per 64 elements, and 16 codes)."""
     if quantization == "8bit":
         return w.numel + 4 * w.shape[0]
     return -(-w.numel // 2) + 4 * -(-w.numel // 64) + 64
@@ -193,7 +193,7 @@ def _gradient_bytes(settings: Settings, trained: Sequence[Weight]) -> int:
 
 
 def _communication_bytes(settings: Settings, run: DryRun, trained: Sequence[Weight]) -> int:
-    """What the layout holds beside its share of the weights; nothing on one GPU."""
+    """Return the bytes of the layout's communication buffers; DDP and FSDP2 have none on one GPU."""
     itemsize = _loaded_itemsize(settings)
     if settings.is_deepspeed:
         gathered = min(GATHERED, sum(w.numel for w in run.weights)) if settings.layout.startswith("zero3") else 0
@@ -207,9 +207,9 @@ def _communication_bytes(settings: Settings, run: DryRun, trained: Sequence[Weig
 
 
 def _unsharded_bytes(settings: Settings, run: DryRun) -> int:
-    """At most what FSDP2 has whole: two layers and the buffer they arrive in, gradients and the buffer they leave in.
+    """Bound what FSDP2 holds unsharded: two layers and their all-gather buffer, gradients and their reduce buffer.
 
-    The head stays whole from forward to backward.
+    The head stays unsharded from forward to backward.
     """
     itemsize = getattr(torch, settings.work.mixed_precision or settings.work.loaded_dtype).itemsize
     prefix, _ = layer_list({w.name: w.numel for w in run.weights})
@@ -227,7 +227,7 @@ def _unsharded_bytes(settings: Settings, run: DryRun) -> int:
 
 
 def _host_bytes(settings: Settings, state: StateBytes, masters: int) -> int:
-    """In the CPU's memory: state, 32-bit weights and gradients, and 16-bit ones on their way."""
+    """Return the bytes in CPU memory: state, 32-bit weights and gradients, and 16-bit ones in transit."""
     if not settings.is_offloaded:
         return state.paged
     return state.held + 2 * masters + masters // 4 * _loaded_itemsize(settings)

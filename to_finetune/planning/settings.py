@@ -1,4 +1,4 @@
-"""What a plan is made for: a model without its weights, what of it trains, and how."""
+"""The inputs of a plan: a model without its weights, which parameters train, and how."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class CannotSay(UsageError):
 
 @dataclass(frozen=True, eq=False)
 class Blueprint:
-    """A model by its configuration alone."""
+    """A model described by its configuration alone."""
 
     name: str
     config: PretrainedConfig
@@ -32,17 +32,17 @@ class Blueprint:
 
 
 def load_blueprint(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Blueprint:
-    """The model that a hub name, a folder with a config.json, or such a file describes; weights are not needed.
+    """Load a model's configuration from a hub name, a folder with a config.json, or such a file; no weights needed.
 
     Raises:
-        UsageError: when there is none.
+        UsageError: if there is none.
     """
     return Blueprint(name, load_config(name, revision, trust_remote_code), trust_remote_code)
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters that train instead of weights of the model, as peft makes them.
+    """LoRA adapters, as peft makes them, that train in place of the model's weights.
 
     Attributes:
         rank: `lora_r`.
@@ -57,21 +57,21 @@ class Lora:
 
 @dataclass(frozen=True)
 class Workload:
-    """One micro-batch on one GPU: what activations and arithmetic depend on.
+    """One micro-batch on one GPU: all that activations and FLOPs depend on.
 
     Attributes:
         model: from `load_blueprint`.
         unfrozen_parameters: patterns as `select_trainable` takes them; None trains everything.
         rows: `per_device_train_batch_size`.
-        length: tokens of a row; every row is taken to be this long.
-        joined: all rows pass as one, as with `packing` and `padding_free`.
+        length: tokens per row; every row is assumed to be this long.
+        joined: whether all rows are joined into one, as with `packing` and `padding_free`.
         mixed_precision: "bfloat16" or "float16" as with --bf16 and --fp16; the trained weights are then float32.
-        dtype: of the loaded weights; None for that of the mixed precision, else float32.
+        dtype: of the loaded weights; None for `mixed_precision`'s, or float32 without it.
         checkpointing: `gradient_checkpointing`.
         attention: `attn_implementation`.
-        quantization: of the frozen linear layers but the head: bitsandbytes' int8 ("8bit") or nf4 ("4bit").
+        quantization: of the frozen linear layers except the head: bitsandbytes' int8 ("8bit") or nf4 ("4bit").
         lora: adapters, which train in place of `unfrozen_parameters`.
-        device: "cpu" or a GPU's "cuda", whose kernels need less.
+        device: "cuda", or "cpu", whose kernels need more memory.
     """
 
     model: Blueprint
@@ -94,16 +94,16 @@ class Workload:
 
 @dataclass(frozen=True)
 class Settings:
-    """A run, as far as its memory goes.
+    """The settings of a run that determine its memory.
 
     Attributes:
         work: a micro-batch.
         accumulation: `gradient_accumulation_steps`.
-        optimizer: the class that steps, as `Trainer.get_optimizer_cls_and_kwargs` gives it.
+        optimizer: the optimizer class, as `Trainer.get_optimizer_cls_and_kwargs` returns it.
         optimizer_options: its keyword arguments.
         layout: one of `LAYOUTS`.
-        processes: GPUs, over all machines.
-        max_steps: optimizer steps in all, which FullTO's state grows with; None if not known.
+        processes: number of GPUs over all machines.
+        max_steps: total optimizer steps, with which FullTO's state grows; None if not known.
     """
 
     work: Workload
@@ -145,11 +145,11 @@ class Settings:
 
     @property
     def passes(self) -> str:
-        """A layout whose forward and backward pass are the same, one for all that share them."""
+        """The layout that stands for all those with the same forward and backward passes."""
         shared = {"multi_node": "ddp", "zero2_offload": "zero2", "zero3": "zero2", "zero3_offload": "zero2"}
         return shared.get(self.layout, self.layout)
 
     @property
     def tokens_per_step(self) -> int:
-        """Of all processes, padding included."""
+        """Tokens per optimizer step over all processes, padding included."""
         return self.work.rows * self.work.length * self.accumulation * self.processes

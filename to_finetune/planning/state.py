@@ -1,4 +1,4 @@
-"""What an optimizer holds beside the weights: made by the optimizer itself, on weights without data."""
+"""The memory of an optimizer's state, measured by letting the optimizer create it for weights without data."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from to_finetune.optim.full import history_is_smaller, more_rows
 from to_finetune.planning.dry_run import LiveBytes
 from to_finetune.planning.settings import CannotSay, Settings
 
-PAGED_FROM = 100_000  # numbers; bitsandbytes leaves smaller state unpaged
+PAGED_FROM = 100_000  # elements; bitsandbytes leaves smaller state unpaged
 
 
 class StateBytes(NamedTuple):
-    """Bytes of an optimizer.
+    """Bytes that an optimizer takes.
 
     Attributes:
         held: state, from the first step on.
-        paged: the part of it that the driver moves to the CPU's memory where the GPU's does not do.
-        in_step: what a step needs for a moment.
+        paged: the part of it that the driver moves to CPU memory when the GPU's does not suffice.
+        in_step: temporary memory of a step.
     """
 
     held: int
@@ -34,21 +34,21 @@ class StateBytes(NamedTuple):
 
 
 def state_bytes(settings: Settings, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> StateBytes:
-    """The optimizer's bytes for trained weights of these shapes.
+    """Return the optimizer's bytes for trained weights of these shapes.
 
     Raises:
-        CannotSay: for an optimizer that cannot make its state without data.
+        CannotSay: for an optimizer that cannot create its state without data.
     """
     name = getattr(settings.optimizer, "__name__", str(settings.optimizer))
     try:
         with FakeTensorMode():
             parameters = [nn.Parameter(torch.empty(shape, dtype=dtype)) for shape in shapes]
             if settings.optimizer.__module__.startswith("bitsandbytes"):
-                with unset_fake_temporarily():  # it makes tables of codes here
+                with unset_fake_temporarily():  # its constructor computes quantisation tables
                     optimizer = settings.optimizer(parameters, **settings.optimizer_options)
                 return _bitsandbytes_bytes(optimizer)
             return _state_bytes(settings, settings.optimizer(parameters, **settings.optimizer_options), parameters)
-    except Exception as error:  # whatever an optimizer does that fake tensors cannot
+    except Exception as error:  # an optimizer may fail on fake tensors in any way
         reason = shorten(f"{type(error).__name__}: {error}", 300)
         raise CannotSay(f"The state of {name} is not known: it cannot be made without data ({reason}).") from error
 
@@ -57,7 +57,7 @@ def _state_bytes(settings: Settings, optimizer: Optimizer, parameters: Sequence[
     if isinstance(optimizer, FullTO):
         return StateBytes(_full_bytes(optimizer, settings.max_steps), 0, 0)
     if isinstance(optimizer, TrainableOptimizer):
-        optimizer.held()  # makes the state; a step needs 1 MiB more, on a GPU or in shards up to 50
+        optimizer.held()  # creates the state; a step needs 1 MiB more, or up to 50 on a GPU or in shards
         return StateBytes(_bytes_of(_tensors(optimizer)), 0, 0)
     for group in optimizer.param_groups:
         if settings.work.device != "cpu" and group.get("foreach", False) is None and not group.get("fused"):
@@ -71,7 +71,7 @@ def _state_bytes(settings: Settings, optimizer: Optimizer, parameters: Sequence[
 
 
 def _bitsandbytes_bytes(optimizer: Any) -> StateBytes:
-    """Its kernels need data, its state does not."""
+    """Create the state without a step: bitsandbytes' kernels need data, its state does not."""
     is_paged, optimizer.is_paged = optimizer.is_paged, False
     for i, group in enumerate(optimizer.param_groups):
         for j, p in enumerate(group["params"]):
@@ -82,7 +82,7 @@ def _bitsandbytes_bytes(optimizer: Any) -> StateBytes:
 
 
 def _full_bytes(optimizer: FullTO, steps: int | None) -> int:
-    """FullTO's state after that many steps; without a number its largest: b, and a matrix for each block."""
+    """Return the bytes of FullTO's state after `steps`; without it, its largest: b, and a matrix for each block."""
     total = 0
     for group in optimizer.param_groups:
         numels = [p.numel() for p in group["params"]]
@@ -94,7 +94,7 @@ def _full_bytes(optimizer: FullTO, steps: int | None) -> int:
 
 
 def _slope_numbers(n: int, steps: int | None) -> int:
-    """Of a block of n weights: the pairs of vectors so far, their rows doubling, or the matrix once it is smaller."""
+    """Count a block's slope elements: pairs of vectors, in buffers that double, or the matrix once it is smaller."""
     if steps is None or not _has_history(n, steps):
         return n * n
     rows = 0
@@ -112,5 +112,5 @@ def _tensors(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Of their storages, shared ones once."""
+    """Sum the bytes of the tensors' storages, shared ones once."""
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())

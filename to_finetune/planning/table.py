@@ -1,4 +1,4 @@
-"""A plan in print."""
+"""Render plans for the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from to_finetune.units import duration, format_size
 
 
 def plan_table(plan: Plan) -> Table:
-    """One row a part of the memory of each GPU, and the sum."""
+    """Tabulate the parts of each GPU's memory, and their sum."""
     settings, work = plan.settings, plan.settings.work
     table = Table(title=f"Memory of each {_unit(plan)}, planned", title_justify="left", header_style="bold")
     table.add_column("part", no_wrap=True)
@@ -47,7 +47,7 @@ def plan_table(plan: Plan) -> Table:
 
 
 def plan_line(plan: Plan) -> Text:
-    """The same in a line."""
+    """Summarise the same in one line."""
     parts = ", ".join(f"{name} {format_size(size)}" for name, size in plan.parts().items() if size > 0.005 * plan.total)
     work = plan.settings.work
     text = Text("Memory of each ").append(_unit(plan)).append(", planned: ").append(format_size(plan.total), "bold")
@@ -55,7 +55,7 @@ def plan_line(plan: Plan) -> Text:
 
 
 def verdict(plan: Plan, budget: int) -> Text:
-    """Whether it fits, and by how much."""
+    """Say whether the plan fits, and by how much."""
     room = budget - plan.total
     if plan.fits(budget):
         return Text.assemble(("fits", "bold green"), f" in {format_size(budget)}: {format_size(room)} to spare")
@@ -63,7 +63,7 @@ def verdict(plan: Plan, budget: int) -> Text:
 
 
 def proposals_text(proposals: Sequence[Proposal]) -> Text:
-    """What each would come to, and the flags that it changes, one a line to be copied."""
+    """List each proposal's memory and share of trained weights, and its flags, one per line to copy."""
     if not proposals:
         return Text("Nothing that a plan knows of would fit.")
     text = Text("What would:")
@@ -76,7 +76,7 @@ def proposals_text(proposals: Sequence[Proposal]) -> Text:
 
 
 def speed_text(speed: Speed, plan: Plan, gpu: str) -> Text:
-    """The estimate in a sentence, and what it assumes."""
+    """State the estimate in a sentence, with its assumptions."""
     settings = plan.settings
     text = Text(f"{settings.processes} x {gpu}: {speed.tokens_per_second:,.0f} tokens/s")
     if speed.seconds is not None:

@@ -1,1 +1,1 @@
-"""What a run leaves behind for people to look at."""
+"""Reports on runs for people to read: pages, pictures, tables, and uploads to the hub."""

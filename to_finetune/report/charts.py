@@ -1,4 +1,4 @@
-"""Numbers as the page draws them: in percent of a drawing that it stretches to any width, with text beside it."""
+"""Charts for the page: in percent of a drawing that it stretches to any width, with the text beside it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-POINTS = 400  # of a curve; of longer ones, neighbours are averaged
-WIDE = 30  # times the least number, from where on an axis may be logarithmic
-HOVERED = 120  # points of a curve at most that each say their numbers
+POINTS = 400  # of a curve at most; in longer ones, neighbours are averaged
+WIDE = 30  # an axis may be logarithmic if the largest value exceeds this many times the least
+HOVERED = 120  # up to this many points of a curve each show their numbers
 
 
 class Series(NamedTuple):
-    """Numbers over steps (or layers), of which those that are not finite are left out."""
+    """Values over steps (or layers); those that are not finite are left out."""
 
     label: str
     colour: str  # CSS
@@ -26,7 +26,7 @@ class Series(NamedTuple):
 
 
 class Box(NamedTuple):
-    """How numbers are spread: quantiles from low to high, their middle one the median."""
+    """The spread of values: quantiles from low to high, the middle one being the median."""
 
     label: str
     x: float
@@ -55,7 +55,7 @@ class Line(NamedTuple):
 
 class DrawnBox(NamedTuple):
     x: float
-    ys: list[float]  # percent from the top, as many as quantiles
+    ys: list[float]  # percent from the top, one per quantile
     title: str
 
 
@@ -70,11 +70,11 @@ class Chart:
     y_ticks: list[Tick]
     lines: list[Line] = field(default_factory=list)
     boxes: list[DrawnBox] = field(default_factory=list)
-    averaged: int = 1  # entries of the log, at each point of a line
+    averaged: int = 1  # log entries per point of a line
 
     @property
     def widest(self) -> str:
-        """The label that says how much room those of the y axis take."""
+        """The longest label of the y axis, which determines how much room they take."""
         return max((tick.text for tick in self.y_ticks), key=len, default="")
 
 
@@ -88,12 +88,12 @@ def curves(
     x_label: str = "step",
     labels: tuple[int, int] = (4, 4),
 ) -> Chart | None:
-    """Lines (and dots) over steps; None where there is nothing to draw.
+    """Draw lines (and dots) over steps; return None if there is nothing to draw.
 
     Args:
-        from_zero: let the axis begin at zero.
-        labels: about how many along x and along y.
-        log: a logarithmic axis, where the numbers are above zero and far apart.
+        from_zero: start the y axis at zero.
+        labels: the approximate number of labels along x and along y.
+        log: use a logarithmic y axis if the values are positive and far apart.
     """
     thinned = [_thinned(_finite(one)) for one in series]
     kept = [one for one, _ in thinned if one.xs]
@@ -116,10 +116,10 @@ def curves(
 
 
 def boxes(title: str, spread: Sequence[Box], *, ticks: bool) -> Chart | None:
-    """One box a layer, the quantiles but the outermost drawn; None where there are none.
+    """Draw one box per layer, without the outermost quantiles; return None if there is nothing to draw.
 
     Args:
-        ticks: name the layers below.
+        ticks: label the layers below.
     """
     spread = [box for box in spread if box.quantiles and all(map(math.isfinite, box.quantiles))]
     if not spread:
@@ -135,20 +135,20 @@ def boxes(title: str, spread: Sequence[Box], *, ticks: bool) -> Chart | None:
 
 
 def number(x: float) -> str:
-    """As an axis shows it: 20k, 1,200, 0.25, 5e-05."""
+    """Format a number for an axis: 20k, 1,200, 0.25, 5e-05."""
     text = f"{x / 1000:g}k" if 1e4 <= abs(x) < 1e6 else f"{float(f'{x:.6g}'):,g}" if abs(x) < 1e4 else f"{x:.3g}"
     return text.replace("-", "−")
 
 
 class _Scale:
-    """From numbers to percent of the drawing."""
+    """Maps values to percent of the drawing."""
 
     def __init__(
         self, values: Sequence[float], *, log: bool = False, from_zero: bool = False, margin: float = 0.05
     ) -> None:
         self.log = log
         low, high = (math.log10(x) if log else x for x in (min(values), max(values)))
-        if high - low <= 1e-9 * max(abs(high), abs(low)):  # one number, or many alike
+        if high - low <= 1e-9 * max(abs(high), abs(low)):  # one value, or all alike
             around = 0.5 * abs(high) or 1.0
             low, high = low - (0 if from_zero else around), high + around
         self.low = low if from_zero and low >= 0 else low - margin * (high - low)
@@ -174,7 +174,7 @@ def _line(one: Series, x_scale: _Scale, y_scale: _Scale) -> Line:
     if one.dots or len(places) <= HOVERED:
         texts = [f"{one.label}, {x:g}: {_exact(y)}" for x, y in zip(one.xs, one.ys, strict=True)]
         dots = [Dot(x, y, text) for (x, y), text in zip(places, texts, strict=True)]
-    shows_dots = one.dots or len(places) == 1  # a line of one point is not to be seen
+    shows_dots = one.dots or len(places) == 1  # a line of one point is invisible
     return Line(one.colour, path, f"{one.label}, ends at {_exact(one.ys[-1])}", one.dashed, dots, shows_dots)
 
 
@@ -188,7 +188,7 @@ def _finite(one: Series) -> Series:
 
 
 def _thinned(one: Series) -> tuple[Series, int]:
-    """At most `POINTS` of them, and how many were averaged into each."""
+    """Reduce a line to at most `POINTS` points; return it with the number of values averaged into each."""
     by = -(-len(one.xs) // POINTS) or 1
     if one.dots or by == 1:
         return one, 1

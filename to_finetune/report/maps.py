@@ -1,4 +1,4 @@
-"""What the page shows layer by layer: the map of what trains, and how large the learned slopes are."""
+"""The page's layer-by-layer views: the map of what trains, and how large the learned slopes are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from to_finetune.report.run import Slopes, TensorSlope
 from to_finetune.report.subset_map import headline, in_words, labelled, layers_and_rows, row_label
 
 ByModule = Mapping[str, Mapping[int | None, TensorSlope]]  # by row and layer, None outside of the layers
-SCALINGS: dict[str | None, tuple[str, str]] = {  # by grad_scale: the unit of a gradient, and what there is to say
+SCALINGS: dict[str | None, tuple[str, str]] = {  # by grad_scale: the unit of a gradient, and a note
     None: ("gradient", ""),
     "rms": (
         "rms(g)",
@@ -25,11 +25,11 @@ SCALINGS: dict[str | None, tuple[str, str]] = {  # by grad_scale: the unit of a 
         "rms is 1 (of embeddings and heads: g / rms(g)), and so A is in its units per unit of weight.",
     ),
 }
-FEW_LAYERS = 8  # whose cells have room for a number
+FEW_LAYERS = 8  # up to this many, the cells have room for a number
 
 
 class GridCell(NamedTuple):
-    """A module in a layer; ``span`` is the number of layers that it takes, for what lies outside of them."""
+    """A module in a layer; ``span`` is the number of columns it takes, all of them if it is outside of the layers."""
 
     state: str  # trained, partly, frozen, slope, none
     text: str
@@ -59,7 +59,7 @@ class Grid:
 
 
 def subset_grid(sizes: Mapping[str, int], trained: Collection[str]) -> Grid:
-    """Each module trained, partly trained or frozen; the arguments as for `plot_subset`."""
+    """Build the grid of modules, each trained, partly trained or frozen; arguments as for `plot_subset`."""
     layers, rows = layers_and_rows(sizes, trained)
     drawn = []
     for row in rows:
@@ -91,7 +91,7 @@ class SlopesView:
     scaling: str  # a sentence on grad_scale, "" without one
     grid: Grid
     grid_unit: str
-    is_bound: bool  # what the grid says: u vᵀ sees one direction alone
+    is_bound: bool  # whether the grid's numbers are upper bounds, since u vᵀ sees one direction alone
     largest: str
     growth: list[Chart]
     spread: list[Chart]
@@ -101,10 +101,10 @@ class SlopesView:
 
 
 def slopes_view(slopes: Slopes, sizes: Mapping[str, int]) -> SlopesView | None:
-    """None where no tensor has a slope.
+    """Build the view of the slopes; None if no tensor has one.
 
     Args:
-        sizes: of all parameters of the model; they say what its layers are.
+        sizes: of all parameters of the model, from which its layers are found.
     """
     prefix, _ = layer_list(sizes or dict.fromkeys(slopes.tensors, 1))
     cells: dict[str, dict[int | None, list[TensorSlope]]] = {}
@@ -136,7 +136,7 @@ def slopes_view(slopes: Slopes, sizes: Mapping[str, int]) -> SlopesView | None:
 
 
 def _together(several: Sequence[TensorSlope]) -> TensorSlope:
-    """Experts of one layer, as one."""
+    """Combine the slopes of a layer's experts into one."""
     if len(several) == 1:
         return several[0]
     sizes = [_rms([one.sizes[i] for one in several]) for i in range(len(several[0].sizes))]
@@ -148,7 +148,7 @@ def _rms(values: Sequence[float]) -> float:
 
 
 def _slope_grid(by_module: ByModule, layers: Sequence[int]) -> tuple[Grid, float]:
-    """How much of the gradient the slope stands for, and the largest of all."""
+    """Return the grid of how much of the gradient each slope accounts for, and the largest of these values."""
     weighed = {
         (label, layer): slope.sizes[-1] * slope.weight
         for label, row in by_module.items()
@@ -173,7 +173,7 @@ def _slope_grid(by_module: ByModule, layers: Sequence[int]) -> tuple[Grid, float
 
 
 def _growth(steps: Sequence[int], by_module: ByModule, layers: Sequence[int]) -> list[Chart]:
-    """A chart a module, with a line a layer."""
+    """Draw one chart per module, with one line per layer."""
     charts = []
     for label, row in by_module.items():
         lines = [
@@ -185,7 +185,7 @@ def _growth(steps: Sequence[int], by_module: ByModule, layers: Sequence[int]) ->
 
 
 def _spread(by_module: ByModule) -> list[Chart]:
-    """A chart a module, with a box a layer."""
+    """Draw one chart per module, with one box per layer."""
     charts = []
     for label, row in by_module.items():
         spread = [
@@ -208,7 +208,7 @@ def _in_words(quantiles: Sequence[float]) -> str:
 
 
 def _colour(layer: int | None, layers: Sequence[int]) -> str:
-    """From the first layer's to the last one's."""
+    """Interpolate between the first layer's colour and the last one's."""
     if layer is None or len(layers) < 2:
         return "var(--deep)"
     share = 100 * layers.index(layer) / (len(layers) - 1)

@@ -1,4 +1,4 @@
-"""The page that a run leaves behind, and the page of several runs side by side: one file that needs no other."""
+"""The HTML page of a run, or of several runs side by side: one self-contained file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from to_finetune.units import duration, format_size
 
 __all__ = ["RunData", "read_run", "write_report"]
 
-# The same hues, light enough for a dark ground.
+# The same hues, light enough for a dark background.
 DARK_COLOURS = ("#56ace6", "#f2894b", "#35c49b", "#e59fc7", "#f0bd52", "#a9dcf7")
 MEASURED = {
     "allocated": "Measured is what torch gave out, without CUDA's own context.",
@@ -32,14 +32,14 @@ MEASURED = {
 
 
 def write_report(runs: Sequence[Path], path: Path) -> None:
-    """Write the page of a run, or of several, of which the first is the baseline.
+    """Write the page of one or several runs, the first of which is the baseline.
 
     Args:
         runs: folders that finetune.py has written.
         path: the HTML file.
 
     Raises:
-        UsageError: for no run, one that is named twice or cannot be read, and a path that cannot be written.
+        UsageError: without a run, for one that is named twice or cannot be read, and for a path that cannot be written.
     """
     if not runs:
         raise UsageError("There is no run to report on.")
@@ -53,7 +53,7 @@ def write_report(runs: Sequence[Path], path: Path) -> None:
 
 
 def html(runs: Sequence[RunData]) -> str:
-    """The page; the first run is the baseline of the others."""
+    """Render the page; the first run is the baseline of the others."""
     labels = _labels(runs)
     views = [_view(run, label, i) for i, (run, label) in enumerate(zip(runs, labels, strict=True))]
     loss, *others = _charts(runs, views)
@@ -83,8 +83,8 @@ class Metric(NamedTuple):
     key: str
     title: str
     form: Callable[[float], str]
-    difference: Callable[[float, float], str]  # of a run's from the baseline's
-    best: Callable[[Iterable[float]], float] | None  # None where neither more nor less is better
+    difference: Callable[[float, float], str]  # from a run's value and the baseline's
+    best: Callable[[Iterable[float]], float] | None  # None if neither higher nor lower is better
 
 
 def _minus(own: float, base: float) -> str:
@@ -116,12 +116,12 @@ def _title(runs: Sequence[RunData]) -> str:
 
 
 def _breakable(name: str) -> Markup:
-    """A dotted name that a narrow column may break after its parts."""
+    """Let a narrow column break a name after each dot and underscore."""
     return Markup(str(escape(name)).replace(".", ".<wbr>").replace("_", "_<wbr>"))
 
 
 def _labels(runs: Sequence[RunData]) -> list[str]:
-    """The folders' names, or as much of their paths as tells them apart."""
+    """Return the folders' names, or as much of their paths as tells them apart."""
     paths = [run.folder.resolve() for run in runs]
     for parts in range(1, max(len(path.parts) for path in paths) + 1):
         labels = ["/".join(path.parts[-parts:]) for path in paths]
@@ -131,7 +131,7 @@ def _labels(runs: Sequence[RunData]) -> list[str]:
 
 
 def _view(run: RunData, label: str, index: int) -> dict[str, Any]:
-    """What the template shows of one run by itself."""
+    """Collect what the template shows of a single run."""
     sizes = run.parameters.sizes if run.parameters else {}
     return {
         "label": label,
@@ -157,7 +157,7 @@ def _shown(metric: Metric, value: float | None) -> str:
 
 
 def _sentence(run: RunData) -> str:
-    """What the status means."""
+    """Explain the run's status; empty if there is nothing to explain."""
     status, record = run.record["status"], run.record
     if status == "failed":
         return str(record.get("error", "The run failed."))
@@ -169,7 +169,7 @@ def _sentence(run: RunData) -> str:
 
 
 def _facts(run: RunData) -> list[tuple[str, str]]:
-    """The head's lines, of what is known."""
+    """Return the lines of the run's header, as far as they are known."""
     config, record = run.config, run.record
     options = ", ".join(f"{key} {value}" for key, value in run.options.items())
     rate = f"learning rate {config['learning_rate']:g}" if isinstance(config.get("learning_rate"), float) else ""
@@ -214,7 +214,7 @@ def _data(config: dict[str, Any]) -> str:
 
 
 def _held_out(config: dict[str, Any]) -> str:
-    """What a run was evaluated on, in the order in which `load_data` decides."""
+    """Describe what a run was evaluated on, with the precedence that `load_data` has."""
     name, split, size = (config.get(key) for key in ("eval_dataset_name", "dataset_test_split", "val_set_size"))
     if name or split:
         return f"held out: {', '.join(map(str, filter(None, (name, split))))}"
@@ -224,7 +224,7 @@ def _held_out(config: dict[str, Any]) -> str:
 
 
 def _command(run: RunData) -> str:
-    """As it was typed, as far as the program knows it, a flag a line; for one process with the launcher before it."""
+    """Return the command as typed, as far as known, one flag per line; a single process gets the launcher in front."""
     words = shlex.split(run.record["command"])
     alone = run.record["results"].get("processes", 1) == 1 and words[0].endswith("finetune.py")
     lines = [["accelerate", "launch"] if alone else []]
@@ -236,7 +236,7 @@ def _command(run: RunData) -> str:
 
 
 def _settings(run: RunData) -> dict[str, str]:
-    """config.yaml, one line a setting."""
+    """Flatten config.yaml to one text per setting."""
     flat = {}
     for key, value in run.config.items():
         if isinstance(value, dict):
@@ -251,7 +251,7 @@ def _plain(value: Any) -> str:
 
 
 def _differing(runs: Sequence[RunData]) -> dict[str, list[str]]:
-    """The settings in which the runs differ, but for the folder."""
+    """Return the settings in which the runs differ, except their folder."""
     settings = [_settings(run) for run in runs]
     keys = dict.fromkeys(key for one in settings for key in one)
     rows = {
@@ -269,7 +269,7 @@ class Cell(NamedTuple):
 
 
 def _results(runs: Sequence[RunData], views: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], list[Cell]]]:
-    """A row a run, a cell a metric; the best of the runs that came to their end are marked."""
+    """Return one row per run and one cell per metric; the best values of the finished runs are marked."""
     table: list[list[Cell]] = [[] for _ in runs]
     for metric in METRICS:
         values = [run.measured(metric.key) for run in runs]
@@ -284,7 +284,7 @@ def _results(runs: Sequence[RunData], views: Sequence[dict[str, Any]]) -> list[t
 
 
 def _charts(runs: Sequence[RunData], views: Sequence[dict[str, Any]]) -> list[Chart | None]:
-    """Losses, then what else was logged."""
+    """Chart the losses, then the other logged quantities."""
 
     def of(key: str, what: str = "", dots: bool = False, colour: str | None = None) -> list[Series]:
         return [
@@ -303,7 +303,7 @@ def _charts(runs: Sequence[RunData], views: Sequence[dict[str, Any]]) -> list[Ch
 
 
 def _subsets(runs: Sequence[RunData], views: Sequence[dict[str, Any]]) -> list[tuple[list[dict[str, Any]], Grid]]:
-    """The maps of what trains, each with the runs that it is of."""
+    """Return the distinct maps of what trains, each with the runs that share it."""
     found: list[tuple[list[dict[str, Any]], Grid]] = []
     for run, view in zip(runs, views, strict=True):
         if run.parameters is None:
@@ -318,7 +318,7 @@ def _subsets(runs: Sequence[RunData], views: Sequence[dict[str, Any]]) -> list[t
 
 
 def _why_no_slopes(run: RunData) -> str:
-    """A sentence in the place of the slopes; none for optimizers that learn none."""
+    """Explain why a run shows no slopes; empty for optimizers that learn none."""
     optim = run.config.get("optim")
     if run.slopes or optim not in ("diagonal_to", "rank_one_to", "full_to"):
         return ""
@@ -335,7 +335,7 @@ def _all_bytes(run: RunData) -> list[int]:
 
 
 def _memory(run: RunData) -> dict[str, Any] | None:
-    """The planned parts, and what was measured."""
+    """Return the planned parts and the measured memory, in bytes and in words; None without either."""
     memory = run.record["memory"]
     planned, measured = memory["planned"], memory["measured"]
     parts = [(name, count) for name, count in planned.items() if count > 0]
@@ -353,7 +353,7 @@ def _memory(run: RunData) -> dict[str, Any] | None:
 
 
 def _proofs(proofs: dict[str, Any]) -> list[tuple[bool, str]]:
-    """Each in words, and whether it is as it should be."""
+    """Put each proof into words, with whether it is as it should be."""
     words: dict[str, Callable[[Any], str]] = {
         "live_optimizer": "The live optimizer is {}, the one that was asked for.".format,
         "trained_tensors": "It holds exactly the {:,} tensors that were to train.".format,
@@ -377,7 +377,7 @@ def _proofs(proofs: dict[str, Any]) -> list[tuple[bool, str]]:
 
 
 def _samples(runs: Sequence[RunData], views: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each prompt with the base's answer and each run's."""
+    """Return each prompt with the base's answer and each run's."""
     prompts: dict[str, dict[str, Any]] = {}
     for run, view in zip(runs, views, strict=True):
         for sample in run.samples:

@@ -29,14 +29,14 @@ def plot_losses(
 
     Args:
         histories: for each run's label, the Trainer's ``state.log_history``.
-        path: where to write, by its ending: .png, .svg or .pdf.
-        title: stands above the picture.
+        path: the file to write, in the format of its suffix: .png, .svg or .pdf.
+        title: shown above the picture.
     """
     figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
     for i, (label, history) in enumerate(histories.items()):
         colour = COLOURS[i % len(COLOURS)]
         steps, losses = series(history, "loss")
-        alone = {"marker": "o"} if len(steps) == 1 else {}  # which makes no line
+        alone = {"marker": "o"} if len(steps) == 1 else {}  # a single point makes no line
         axes.plot(steps, losses, color=colour, linewidth=1.6, label=label, **alone)
         steps, losses = series(history, "eval_loss")
         if steps:
@@ -53,6 +53,6 @@ def plot_losses(
 
 
 def series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Steps and numbers of those rows of a Trainer's log that have `key`."""
+    """Return the steps and values of the rows of a Trainer's log that have `key`."""
     rows = [row for row in history if key in row]
     return [row["step"] for row in rows], [row[key] for row in rows]

@@ -1,4 +1,4 @@
-"""A run on the hub: its trained part, its record without what is private, and its model card."""
+"""Upload a run to the hub: its trained part, its record without private details, and its model card."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ WEIGHTS = {  # by what was trained
 }
 TOKENIZER = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"]
 PUBLIC = ("status", "started", "versions", "prompt_form", "subset", "results", "proofs")  # of run.json
-DRY_RUN = "hub"  # folder in the run's
+DRY_RUN = "hub"  # a folder in the run's
 
 
 class Pushed(NamedTuple):
-    """What went, or would go, and where it can be looked at."""
+    """What was uploaded, or would be, and where to look at it."""
 
-    where: str  # an address, or of a dry run a folder
-    sizes: dict[str, int]  # bytes, by the file's name
+    where: str  # a URL, or the folder of a dry run
+    sizes: dict[str, int]  # bytes, by file name
 
 
 def push(
@@ -50,24 +50,24 @@ def push(
     dry_run: bool = False,
     token: str | None = None,
 ) -> Pushed:
-    """Upload a run, or one of its checkpoints, to the repository `repo_id` of the hub, made if it is not there.
+    """Upload a run, or one of its checkpoints, to the hub's repository `repo_id`, created if it does not exist.
 
     Args:
-        private: make the repository a private one.
+        private: create the repository as private; an existing public one is refused.
         merged: upload the whole model, its base included.
-        dry_run: upload nothing, and leave what would go in the folder `hub` in the run's.
-        token: of the hub; None for HF_TOKEN's or that of `hf auth login`.
+        dry_run: upload nothing, but leave the files in the folder `hub` of the run's folder.
+        token: the hub's token; None for that of HF_TOKEN or `hf auth login`.
 
     Raises:
-        UsageError: for what is no run, a name that the hub does not take, and without a token.
-        RunError: when the hub cannot be reached, or refuses.
+        UsageError: if `name` is not a run, the hub does not accept `repo_id`, or there is no token.
+        RunError: if the hub cannot be reached, or refuses.
     """
     run = find_run(name)
     if run is None:
         what = "is no run with trained weights" if Path(name).exists() else "is no folder"
         raise UsageError(f"{name!r} {what}.")
     check_push(repo_id, token, dry_run)
-    with TemporaryDirectory(prefix="hub-", dir=run.folder) as scratch:  # beside the weights, to be linked, not copied
+    with TemporaryDirectory(prefix="hub-", dir=run.folder) as scratch:  # beside the weights, to link instead of copy
         folder = Path(scratch) / DRY_RUN
         write_folder(run, folder, repo_id, merged)
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
@@ -80,10 +80,10 @@ def push(
 
 
 def check_push(repo_id: str, token: str | None = None, dry_run: bool = False) -> None:
-    """Refuse what `push` would refuse of these.
+    """Raise for arguments that `push` would refuse.
 
     Raises:
-        UsageError: for a name that the hub does not take, and without a token.
+        UsageError: if the hub does not accept `repo_id`, or there is no token (unless `dry_run`).
     """
     try:
         validate_repo_id(repo_id)
@@ -94,7 +94,7 @@ def check_push(repo_id: str, token: str | None = None, dry_run: bool = False) ->
 
 
 def write_folder(run: FinetunedRun, folder: Path, repo_id: str, merged: bool = False) -> None:
-    """What goes to the hub: nothing in it names a path on this computer."""
+    """Write the files for the hub; none of them names a path on this computer."""
     folder.mkdir()
     if merged and run.part != "whole":
         from to_finetune.model.merge import merge
@@ -126,7 +126,7 @@ def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same bytes under another name, without a copy where the disk can do that."""
+    """Hard-link the file under another name, or copy it if the disk cannot do that."""
     try:
         os.link(source, target)
     except OSError:
@@ -134,7 +134,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _write_public_json(path: Path) -> None:
-    """Replace paths in a file of settings; the link's other name keeps its own, for a new file takes this one's."""
+    """Reduce paths to names in a file of settings, in a new file, so that the hard-linked original keeps its own."""
     values = json.loads(path.read_text(encoding="utf-8"))
     public = {key: without_paths(value) if "path" in key or "file" in key else value for key, value in values.items()}
     if public != values:
@@ -156,12 +156,12 @@ def _write_public_tensors(path: Path) -> None:
 
 
 def _upload(folder: Path, repo_id: str, private: bool, token: str | None) -> str:
-    """The address of what was uploaded."""
+    """Upload the folder and return the repository's URL."""
     api = HfApi(token=token)
     try:
-        # None leaves it to the account's own default.
+        # None leaves the visibility to the account's default.
         repository = api.create_repo(repo_id, private=private or None, exist_ok=True)
-        if private and not api.repo_info(repository.repo_id).private:  # of one that was there the wish is ignored
+        if private and not api.repo_info(repository.repo_id).private:  # `private` is ignored for one that exists
             raise UsageError(f"repo_id={repo_id!r} is there, and public: make it private first, or name another.")
         api.upload_folder(repo_id=repository.repo_id, folder_path=folder, commit_message="A run of to_finetune")
     except HfHubHTTPError as error:
@@ -170,6 +170,6 @@ def _upload(folder: Path, repo_id: str, private: bool, token: str | None) -> str
             status, shorten(error.server_message or f"status {status}", 300)
         )
         raise RunError(f"The hub refuses repo_id={repo_id!r}: {reason}.") from None
-    except (HTTPError, OSError) as error:  # of whichever client the hub's library has; OSError: HF_HUB_OFFLINE as well
+    except (HTTPError, OSError) as error:  # HTTPError of the library's own client; OSError: also HF_HUB_OFFLINE
         raise RunError(f"The hub cannot be reached: {shorten(str(error), 300)}") from None
     return str(repository)

@@ -1,4 +1,4 @@
-"""A run's folder as its page takes it: everything is read and checked here, and all but run.json may be missing."""
+"""Read and check a run's folder for its page; every file but run.json may be missing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Parameters:
 
 @dataclass
 class TensorSlope:
-    """One tensor's slope: its size at each moment, and what `to_finetune.optim.slopes.Slope` has at the last."""
+    """One tensor's slope: its size at each recorded step, the rest of `to_finetune.optim.slopes.Slope` at the last."""
 
     sizes: list[float]
     weight: float
@@ -38,18 +38,18 @@ class TensorSlope:
 
 @dataclass
 class Slopes:
-    """What slopes.json holds."""
+    """The contents of slopes.json."""
 
     form: str  # diagonal, rank_one
     grad_scale: str | None
-    sample: int  # of a tensor's numbers, at most
+    sample: int  # the most elements sampled from a tensor
     steps: list[int]
     tensors: dict[str, TensorSlope]
 
 
 @dataclass
 class Sample:
-    """A row of the data and the model's answers to it; None where there is none."""
+    """A row of the data, and the model's answers before and after training; None for a missing answer."""
 
     prompt: str
     reference: str
@@ -59,7 +59,7 @@ class Sample:
 
 @dataclass
 class RunData:
-    """A run, as far as its folder has it."""
+    """A run, as far as its folder describes it."""
 
     folder: Path
     record: Row  # run.json
@@ -77,7 +77,7 @@ class RunData:
 
     @property
     def options(self) -> Row:
-        """Of a Trainable Optimizer, by name."""
+        """The options of a Trainable Optimizer, by name."""
         options = self.config.get("optim_args")
         return options if isinstance(options, dict) else {}
 
@@ -86,7 +86,7 @@ class RunData:
         return Path(str(self.config.get("model_name_or_path", "unknown model"))).name
 
     def measured(self, name: str) -> float | None:
-        """A result of run.json by its name, or ``tokens_per_second``: the median of the log's."""
+        """Return a result of run.json by name, or ``tokens_per_second``, the median over the log."""
         if name == "tokens_per_second":
             speeds = [y for y in series(self.history, name)[1] if math.isfinite(y)]
             return statistics.median(speeds) if speeds else None
@@ -95,10 +95,10 @@ class RunData:
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunData]:
-    """Several, each once.
+    """Read several runs.
 
     Raises:
-        UsageError: for a run that is named twice, and what `read_run` refuses.
+        UsageError: for a run that is named twice, and as `read_run`.
     """
     runs = [read_run(folder) for folder in folders]
     seen: dict[Path, Path] = {}
@@ -110,10 +110,10 @@ def read_runs(folders: Sequence[Path]) -> list[RunData]:
 
 
 def read_run(folder: Path) -> RunData:
-    """A run that has ended, well or badly, or goes on.
+    """Read a run that has finished, failed, or is still running.
 
     Raises:
-        UsageError: for a folder that is none or holds no run, and for a damaged file.
+        UsageError: for a folder that does not exist or holds no run, and for a damaged file.
     """
     if not folder.is_dir():
         beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
@@ -123,7 +123,7 @@ def read_run(folder: Path) -> RunData:
         inside = sorted(path.parent.name for path in folder.glob(f"*/{RECORD}"))
         there = f" The runs in it are {', '.join(inside)}." if inside else ""
         raise UsageError(f"{str(folder)!r} holds no {RECORD}, so it is no run of finetune.py.{there}")
-    has_state = (folder / STATE).is_file()  # else it goes on, or was cut short
+    has_state = (folder / STATE).is_file()  # else the run is still going, or was cut short
     state = (folder if has_state else Path(last_checkpoint(folder) or folder)) / STATE
     samples = _optional(folder / "samples.json", lambda found: (_samples(found), bool(found["held_out"])))
     return RunData(
@@ -156,7 +156,7 @@ def _record(found: Any) -> Row:
         mapping(record.setdefault(key, {}))
     for name, value in record["results"].items():
         if value is not None:
-            record["results"][name] = value + 0  # TypeError for what is no number
+            record["results"][name] = value + 0  # TypeError unless it is a number
     planned, measured = record["memory"].get("planned") or {}, record["memory"].get("measured")
     record["memory"]["planned"] = {str(name): int(count) for name, count in planned.items()}
     record["memory"]["measured"] = int(measured or 0)

@@ -1,4 +1,4 @@
-"""What trains, layer by module: as a picture, and as a table for the terminal."""
+"""Which parameters train, by layer and module: as a picture, and as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def plot_subset(
 
     Args:
         sizes: the number of weights of each of the model's parameters, by name, in the model's order.
-        trained: the names of those that train.
-        path: where to write, by its ending: .png, .svg or .pdf.
-        title: stands above the picture, before the sum.
+        trained: the names of the parameters that train.
+        path: the file to write, in the format of its suffix: .png, .svg or .pdf.
+        title: shown above the picture, before the total.
     """
     layers, rows = layers_and_rows(sizes, trained)
     columns = max(len(layers), 1)
@@ -106,13 +106,13 @@ def plot_subset(
 
 
 def subset_table(sizes: Mapping[str, int], trained: Collection[str]) -> Table:
-    """The same for a terminal: one line a module type, one character a layer (█ trained, ▒ partly, ░ frozen).
+    """Draw the same for a terminal: one row per module type, one character per layer (█ trained, ▒ partly, ░ frozen).
 
-    It fits into 80 columns: more than 40 layers are folded, the ruler above them alike.
+    It fits into 80 columns: more than 40 layers wrap onto several lines, and so does the ruler above them.
 
     Args:
         sizes: the number of weights of each of the model's parameters, by name, in the model's order.
-        trained: the names of those that train.
+        trained: the names of the parameters that train.
     """
     layers, rows = layers_and_rows(sizes, trained)
     lines = -(-len(layers) // 40) or 1
@@ -141,7 +141,7 @@ def _bar(row: Row, layers: Sequence[int | None]) -> Text:
 
 
 def layers_and_rows(sizes: Mapping[str, int], trained: Collection[str]) -> tuple[list[int], list[Row]]:
-    """The layers' numbers, and the rows in the model's order: what comes before the layers, the layers', the rest."""
+    """Return the layers' numbers, and the rows in the model's order: before the layers, in them, after them."""
     unknown = set(trained) - sizes.keys()
     if unknown:
         raise ValueError(f"{sorted(unknown)[0]!r} is said to train and is no parameter of the model.")
@@ -160,7 +160,7 @@ def layers_and_rows(sizes: Mapping[str, int], trained: Collection[str]) -> tuple
 
 
 def row_label(name: str, prefix: str) -> str:
-    """The module type; experts of a layer are one, and so is every other numbered list of the model."""
+    """Return the module type; a layer's experts share one, and so does every other numbered list of the model."""
     module = module_of(name, prefix)
     parts = module.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
@@ -172,12 +172,12 @@ def row_label(name: str, prefix: str) -> str:
 
 
 def _short(label: str, width: int) -> str:
-    """The end of a long name, which tells it from its neighbours."""
+    """Shorten a long name to its end, which tells it from its neighbours."""
     return label if len(label) <= width else "…" + label[1 - width :]
 
 
 def _positions(rows: list[Row]) -> list[float]:
-    """The height of each row, with a gap between those of the layers and the others."""
+    """Return the height of each row, with a gap between the rows of the layers and the others."""
     positions = [0.0]
     for above, below in pairwise(rows):
         positions.append(positions[-1] + (1.0 if (None in above.cells) == (None in below.cells) else 1.35))
@@ -185,7 +185,7 @@ def _positions(rows: list[Row]) -> list[float]:
 
 
 def labelled(count: int) -> list[int]:
-    """Which of so many layers have their number below: the first, the last and some between."""
+    """Return which of `count` layers to number: the first, the last and some between."""
     every = 1 if count <= 16 else 4 if count <= 40 else 10
     ticks = [i for i in range(0, count, every) if count - 1 - i >= every / 2]
     return [*ticks, count - 1] if count else []
@@ -207,7 +207,7 @@ def _share(cell: Cell) -> str:
 
 
 def in_words(weights: int) -> str:
-    """1.23 B, 45.6 M, 789 k, 12."""
+    """Format a number of weights as 1.23 B, 45.6 M, 789 k or 12."""
     for unit, letter in ((10**9, " B"), (10**6, " M"), (10**3, " k")):
         if weights >= 0.9995 * unit:
             return f"{weights / unit:.{max(0, 3 - len(str(int(weights / unit + 1e-3))))}f}{letter}"

@@ -1,4 +1,4 @@
-"""What a sweep has found: as a table, in sentences, and as a picture."""
+"""The results of a sweep: as a table, in sentences, and as a picture."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LOOKS: Mapping[str, dict[str, Any]] = {
 
 
 def words_of(values: Mapping[str, Any]) -> str:
-    """learning_rate=0.00432  alpha=0.3"""
+    """Format values like ``learning_rate=0.00432  alpha=0.3``."""
     return "  ".join(f"{key}={_short(value)}" for key, value in values.items())
 
 
@@ -39,7 +39,7 @@ def _short(value: Any) -> str:
 
 
 def sweep_table(sweep: Sweep) -> Table:
-    """One row a trial, the best first."""
+    """Tabulate the trials, best first."""
     table = Table(title="Trials, the best first", title_justify="left", title_style="bold", header_style="bold")
     for name in ("", *sweep.search, LOSSES[sweep.objective], "first fifth", "seconds"):
         table.add_column(name, justify="right" if name else "left")
@@ -62,7 +62,7 @@ def _numbers(trial: Trial) -> tuple[tuple[float | None, int], ...]:
 
 
 def findings(sweep: Sweep) -> list[Text]:
-    """What the trials say beside who is best: how much the rate matters, where to look next, how sure it is."""
+    """Say what else the trials show: how much the rate matters, where to search next, how certain the result is."""
     best = sweep.best
     if best is None:
         return [Text("No trial has a loss.", style="bold red")]
@@ -115,13 +115,13 @@ def _or_unknown(loss: float | None) -> str:
 
 
 def plot_sweep(sweep: Sweep, path: str | os.PathLike[str]) -> None:
-    """Draw the objective against the learning rate, or else against the first that was searched.
+    """Draw the objective against the learning rate, or against the first searched setting if the rate was not.
 
-    Of several ranges the next one is the colour. A loss far above most is drawn at the upper edge.
+    The next searched range, if any, sets the colour. A loss far above most is drawn at the upper edge.
 
     Args:
-        sweep: with one trial at least.
-        path: where to write, by its ending: .png, .svg or .pdf.
+        sweep: with at least one trial.
+        path: the file to write, in the format of its suffix: .png, .svg or .pdf.
     """
     key = "learning_rate" if "learning_rate" in sweep.search else next(iter(sweep.search))
     figure, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
@@ -178,7 +178,7 @@ def _draw_trials(axes: Axes, sweep: Sweep, key: str, top: float) -> None:
 
 
 def _top(losses: list[float]) -> float:
-    """The highest loss that is shown at its height: one far above most would press the others flat."""
+    """Return the highest loss to draw to scale; one far above most would flatten the others."""
     if not losses:
         return math.inf
     ordered = sorted(losses)
@@ -191,7 +191,7 @@ def _x(trial: Trial, key: str) -> Any:
 
 
 def _set_scale(axes: Axes, sweep: Sweep, key: str) -> None:
-    """Of a range: log scale, all of it and a little more, with numbers as people write them."""
+    """Give a range a logarithmic axis that covers it with a small margin, with plainly written numbers."""
     if range_ends(sweep.search[key]) is None:
         return
     low, high = _ends(sweep.search[key])

@@ -28,7 +28,7 @@ from to_finetune.training.optimizers import (
     parse_optim_args,
 )
 
-WITHOUT_OPTIONS = ("adamw_torch", "adamw_torch_fused", "adafactor")  # whose optim_args Hugging Face does not read
+WITHOUT_OPTIONS = ("adamw_torch", "adamw_torch_fused", "adafactor")  # Hugging Face ignores their optim_args
 SECRETS = ("hub_token",)  # flags whose values are written nowhere
 
 
@@ -81,11 +81,11 @@ class ModelArguments:
 
     @property
     def quantization(self) -> Quantization | None:
-        """Of what is frozen."""
+        """The quantisation of the frozen linear layers, or None."""
         return "8bit" if self.load_in_8bit else "4bit" if self.load_in_4bit else None
 
     def patterns(self, model: nn.Module) -> list[str] | None:
-        """What trains of `model`, as `select_trainable` takes it; its weights are not looked at.
+        """Return what trains in `model` as patterns for `select_trainable`; reads names and shapes, not weights.
 
         Raises:
             UsageError: as `chosen_patterns`.
@@ -188,7 +188,7 @@ class TrainableOptimizerArguments:
             )
         elif isinstance(self.optim_args, dict):
             self.optim_args = ",".join(f"{key}={value}" for key, value in parse_optim_args(self.optim_args).items())
-        if self.learning_rate is None and name not in OPTIMIZERS:  # theirs is set once the model is known
+        if self.learning_rate is None and name not in OPTIMIZERS:  # a TO's is set once the model is known
             self.learning_rate = 5e-5
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0 if scaled else 1.0
@@ -200,7 +200,7 @@ class TrainableOptimizerArguments:
 
     @property
     def to_options(self) -> dict[str, Any]:
-        """Of a TO, from `optim_args` as they are now: Hugging Face's hyperparameter_search sets them for each trial."""
+        """The TO's options from the current `optim_args`, which Hugging Face's hyperparameter_search sets per trial."""
         return optimizer_options(self.optim, self.optim_args)
 
 
@@ -245,24 +245,24 @@ class FinetuneArguments(TrainableOptimizerArguments, SFTConfig):
             self.dataloader_pin_memory = False
         if self.gradient_checkpointing and hasattr(self, "activation_checkpointing"):
             self.activation_checkpointing = True  # its name from transformers 5.2x on; the old one warns
-        if (switch := str(self.fsdp).lower()) in ("true", "false"):  # words to Hugging Face, which knows the bare flag
+        if (switch := str(self.fsdp).lower()) in ("true", "false"):  # as text, Hugging Face would read them as options
             self.__dict__["fsdp"] = switch == "true"
         super().__post_init__()
 
     @property
     def autocast_dtype(self) -> Literal["bfloat16", "float16"] | None:
-        """Of the mixed precision; None without."""
+        """The dtype of mixed precision; None without it."""
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else None
 
 
 class _Defaults(FinetuneArguments):
-    """The defaults alone: setting up the devices again, for another device, would tear the run's processes apart."""
+    """The defaults alone: setting up devices again, for another device, would reset the run's distributed state."""
 
     _setup_devices = torch.device("cpu")
 
 
 class ArgumentsElsewhere(FinetuneArguments):
-    """The same flags, of a run on another machine or in other processes: no device is set up, and no GPU looked at.
+    """The flags of a run on another machine or in other processes: sets up no device and queries no GPU.
 
     bfloat16 is on unless float16 or the CPU is asked for.
     """
@@ -271,7 +271,7 @@ class ArgumentsElsewhere(FinetuneArguments):
     distributed_state = None
 
     def __post_init__(self) -> None:
-        looks = ("tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode")  # whose checks look at the GPU
+        looks = ("tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode")  # their checks query the GPU
         asked = {name: getattr(self, name) for name in (*looks, "use_cpu")}
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu
@@ -294,9 +294,9 @@ def parse_arguments(
     """Parse ``--config recipe.yaml`` and the flags that override it.
 
     Args:
-        argv: None for this process's own.
-        training: `ArgumentsElsewhere` for a run that is not this process's.
-        beside: other flags of the command, which may have been meant as well.
+        argv: None for this process's command line.
+        training: `ArgumentsElsewhere` for a run outside of this process.
+        beside: other flags of the command, suggested for an unknown one as well.
 
     Raises:
         UsageError: naming every unknown key with the nearest known one, or the bad value.
@@ -313,7 +313,7 @@ def parse_arguments(
     config = {key.replace("-", "_"): value for key, value in config.items()}
     _check_given(config, types)
     structured = {key: value for key, value in config.items() if _has_structure(value, types[key])}
-    # All others as if they had been typed before the flags, so that their types and choices are checked as well.
+    # All others go in front of the flags, as if typed there, so that their types and choices are checked as well.
     argv = [f"--{key}={value}" for key, value in config.items() if key not in structured] + argv
     try:
         for action in parser._actions:
@@ -333,7 +333,7 @@ def parse_arguments(
 def _check_names(
     config: Iterable[str], argv: Sequence[str], types: Mapping[str, Any], parser: _Parser, beside: Collection[str]
 ) -> None:
-    """Refuse keys and flags that are not known, all in one sentence."""
+    """Raise if keys or flags are unknown, naming all of them in one error."""
     options = {option.lstrip("-").replace("-", "_") for option in parser._option_string_actions} | {"config"}
     flags = [item[2:].split("=")[0] for item in argv if item.startswith("--")]
     problems = [
@@ -347,22 +347,22 @@ def _check_names(
 
 
 def _check_given(config: Mapping[str, Any], types: Mapping[str, Any]) -> None:
-    """Refuse keys of the file without a value."""
+    """Raise if a key of the file has no value."""
     for key, value in config.items():
         if value is None and not _has_structure(None, types[key]):
             raise UsageError(f"--config: {key} has no value; leave it out for its default.")
-        if value == [] and key != "report_to":  # which so says none
+        if value == [] and key != "report_to":  # for which it means none
             raise UsageError(f"--config: {key} is an empty list; leave it out for its default.")
 
 
 def _has_structure(value: Any, declared: Any) -> bool:
-    """Whether `value` is a list, a mapping or null, and the type that is declared has it."""
+    """Whether `value` is a list, a mapping or null, and the declared type allows it."""
     kinds = get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)
     return type(value) in (list, dict, NoneType) and type(value) in {get_origin(kind) or kind for kind in kinds}
 
 
 def _take_config(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """The mapping in the file that ``--config`` names, and the other flags."""
+    """Return the mapping in the file that ``--config`` names, and the other flags."""
     for i, item in enumerate(argv):
         flag, equals, value = item.partition("=")
         if flag != "--config":
@@ -386,7 +386,7 @@ def _take_config(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 
 def resolved_config(model: ModelArguments, data: DataArguments, training: FinetuneArguments) -> dict[str, Any]:
-    """What a run really uses, where it differs from the defaults or was worked out: a recipe that repeats the run."""
+    """Return the settings that differ from the defaults or were derived: a recipe that repeats the run."""
     pairs: list[tuple[Any, Any]] = [
         (model, ModelArguments(model_name_or_path="")),
         (data, DataArguments(dataset_name=[""])),
@@ -399,10 +399,10 @@ def resolved_config(model: ModelArguments, data: DataArguments, training: Finetu
         for f in fields(given)
         if f.name in always or getattr(given, f.name) != getattr(default, f.name)
     }
-    for key in (*SECRETS, "resume_from_checkpoint"):  # which is no part of what is repeated
+    for key in (*SECRETS, "resume_from_checkpoint"):  # not part of the recipe
         config.pop(key, None)
     if model.unfrozen_parameters is not None:
-        config["unfrozen_parameters"] = listed(model.unfrozen_parameters)  # a file may be another one tomorrow
+        config["unfrozen_parameters"] = listed(model.unfrozen_parameters)  # the file may change later
     if training.optim in OPTIMIZERS:
         config["optim_args"] = {
             key: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
@@ -412,7 +412,7 @@ def resolved_config(model: ModelArguments, data: DataArguments, training: Finetu
 
 
 def without_secrets(words: Sequence[str]) -> list[str]:
-    """A command line to show or to keep: stars in the place of a token."""
+    """Return a command line to show or to save, with stars in place of a token."""
 
     def is_secret(flag: str) -> bool:
         return flag.removeprefix("--").replace("-", "_") in SECRETS
@@ -429,7 +429,7 @@ def without_secrets(words: Sequence[str]) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """Enums, other string-likes and Hugging Face's own settings as what YAML can hold."""
+    """Convert enums, other string-like values and Hugging Face's own settings to what YAML can hold."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

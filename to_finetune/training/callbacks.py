@@ -1,4 +1,4 @@
-"""What happens beside the training: a clear terminal, a stop on NaN, a checkpoint on Ctrl-C."""
+"""Callbacks of the training: a clear terminal, a stop on NaN, a checkpoint on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COLUMNS = {
 
 
 class TerminalLines(TrainerCallback):
-    """One short line a log, for a terminal or a log file."""
+    """Prints one short line per log, for a terminal or a log file."""
 
     def on_log(
         self,
@@ -51,7 +51,7 @@ class TerminalLines(TrainerCallback):
 
 
 class TerminalProgress(TerminalLines, ProgressCallback):
-    """The same lines above Hugging Face's progress bar."""
+    """Prints the lines of `TerminalLines` above Hugging Face's progress bar."""
 
     def write(self, line: str) -> None:
         if self.training_bar is None:
@@ -61,10 +61,10 @@ class TerminalProgress(TerminalLines, ProgressCallback):
 
 
 class ShortBackward(TrainerCallback):
-    """Ends the backward pass at the lowest trained layer also under gradient checkpointing.
+    """Ends the backward pass at the lowest trained layer, also under gradient checkpointing.
 
-    Hugging Face makes the embedding's output require a gradient there, for reentrant checkpoints, which give none
-    otherwise: the whole frozen bottom would be run again and differentiated for nothing.
+    There Hugging Face makes the embedding's output require a gradient, which only reentrant checkpoints need: the
+    frozen layers at the bottom would be recomputed and differentiated for nothing.
     """
 
     def on_train_begin(
@@ -86,7 +86,7 @@ class LogBeforeSave(TrainerCallback):
 
 
 class WholeRuntime(TrainerCallback, ExportableState):
-    """Makes the log's ``train_runtime`` that of the whole run: its seconds before a resume count as well."""
+    """Makes the logged ``train_runtime`` cover the whole run, including the seconds before a resume."""
 
     def __init__(self) -> None:
         self._before, self._began = 0.0, time.perf_counter()
@@ -95,7 +95,7 @@ class WholeRuntime(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._began = time.perf_counter()
-        callbacks: Any = state.stateful_callbacks  # of a resumed run those of its checkpoint, which may be older
+        callbacks: Any = state.stateful_callbacks  # after a resume those of the checkpoint, which may lack this
         before = callbacks.setdefault(type(self).__name__, self.state())
         self._before = before["attributes"]["seconds"] if state.global_step else 0.0
 
@@ -105,12 +105,12 @@ class WholeRuntime(TrainerCallback, ExportableState):
         state.log_history[-1]["train_runtime"] += self._before
 
     def state(self) -> dict[str, Any]:
-        """What Hugging Face keeps in a checkpoint's trainer_state.json."""
+        """Return the state for Hugging Face to save in a checkpoint's trainer_state.json."""
         return {"args": {}, "attributes": {"seconds": self._before + time.perf_counter() - self._began}}
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Stops a run whose loss is NaN or infinite, at the first log that shows it; the last steps are logged too."""
+    """Stops a run at the first log with a NaN or infinite loss; the last step is always logged."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         control.should_log = control.should_log or state.global_step >= state.max_steps
@@ -155,7 +155,7 @@ class SaveOnSignal(TrainerCallback):
             self.stopped = self.received or signal.SIGTERM
             control.should_save = True
             control.should_training_stop = True
-            # Else Hugging Face would put the best weights in the place of these, and delete the checkpoint.
+            # Else Hugging Face would replace these weights with the best ones, and delete the checkpoint.
             args.load_best_model_at_end = False
             args.save_total_limit = max(args.save_total_limit, 2) if args.save_total_limit else None
 
@@ -165,7 +165,7 @@ class SaveOnSignal(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Restore the previous signal handlers."""
         self._handler.close()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -174,7 +174,7 @@ class SaveOnSignal(TrainerCallback):
         self.close()
 
     def _any_process_received(self, args: TrainingArguments) -> bool:
-        """All processes must stop at the same step, though the signal may reach them at different ones."""
+        """Whether any process got a signal: all must stop at the same step, but it may reach them at different ones."""
         if args.world_size == 1:
             return self.received is not None
         flag = torch.tensor(int(self.received is not None), device=args.device)

@@ -22,7 +22,7 @@ from to_finetune.model.run import FinetunedRun, find_run
 from to_finetune.training.arguments import DataArguments, parse_arguments
 from to_finetune.training.prepare import prepare_data, prepare_model, prepare_trainer
 
-# Settings of a run that say how it was trained and written, not what its loss is.
+# Settings that say how a run is trained and saved, not how its loss is evaluated.
 TRAINING_ONLY = (
     "deepspeed",
     "eval_strategy",
@@ -42,7 +42,7 @@ TASK_BATCH_SIZE = 8
 
 
 class HeldOut(NamedTuple):
-    """The mean loss over all held-out tokens that have one, in nats a token."""
+    """The mean loss over all held-out tokens that have one, in nats per token."""
 
     loss: float
     rows: int
@@ -64,14 +64,14 @@ def evaluate_held_out(
     """Evaluate a run, a checkpoint or any model exactly as a run evaluates itself.
 
     Args:
-        name: of a run, whose config.yaml says how, or a model's folder or hub name.
+        name: a run's folder, whose config.yaml says how, or the folder or hub name of any model.
         dataset_name: what to evaluate on; None for what the run held out.
-        split: of that; None for "train" of a file and "test" of a hub set.
-        flags: of finetune.py, over the run's own.
+        split: of `dataset_name`; None for that of `default_eval_split`.
+        flags: of finetune.py, which override the run's own.
         with_base: evaluate the run's base as well.
 
     Raises:
-        UsageError: when there is nothing to evaluate, or on.
+        UsageError: when there is no data to evaluate on, or no base to compare with.
     """
     run = find_run(name)
     if with_base and run is None:
@@ -87,7 +87,7 @@ def evaluate_held_out(
         if rows is None:
             raise UsageError(f"{name!r} has held nothing out: name what to evaluate on with --dataset_name.")
         model, _ = prepare_model(model_args, args, is_trained=run is not None)
-        trainer: Any = prepare_trainer(model, tokenizer, args, rows.take(1), rows)  # it wants some to train on
+        trainer: Any = prepare_trainer(model, tokenizer, args, rows.take(1), rows)  # it needs rows to train on
         check_labels(trainer.eval_dataset, args.max_length)
         trainer.remove_callback(PrinterCallback)
         base_loss = trainer.evaluate()["eval_loss"] if with_base else None
@@ -98,7 +98,7 @@ def evaluate_held_out(
 
 
 def _tokens_with_a_loss(rows: Any) -> int:
-    """Learned tokens but the first of a row, and of each example packed in it, which nothing foretells."""
+    """Count the learned tokens except the first of a row and of each example packed in it, which nothing predicts."""
     count = 0
     for row in rows:
         firsts = {0, *accumulate(row.get("seq_lengths") or [])}
@@ -107,7 +107,7 @@ def _tokens_with_a_loss(rows: Any) -> int:
 
 
 def _settings(name: str, run: FinetunedRun | None, dataset_name: str | None, split: str | None) -> dict[str, Any]:
-    """The run's recipe without its training, and with other data where some are named."""
+    """Return the run's recipe without its training settings, and with other data if `dataset_name` is given."""
     if run is None:
         if dataset_name is None:
             raise UsageError(f"{name!r} is no run, which would know its held-out data: give --dataset_name.")
@@ -126,7 +126,7 @@ def _settings(name: str, run: FinetunedRun | None, dataset_name: str | None, spl
 def evaluate_tasks(
     opened: OpenModel, tasks: Sequence[str], batch_size: int | None = None, max_length: int | None = None
 ) -> dict[str, dict[str, float]]:
-    """What lm-evaluation-harness measures: for each task its metrics, by the harness's names.
+    """Run lm-evaluation-harness and return each task's metrics, by the harness's names.
 
     Raises:
         UsageError: when it is not installed, or has no such task.

@@ -1,4 +1,4 @@
-"""How many processes run and how they share the weights: starting them, and whether they are what was asked for."""
+"""A run's processes and how they share the weights: starting them, and checking that they are what was asked for."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from to_finetune.training.optimizers import OPTIMIZERS
 
 
 def command_for(flags: Sequence[str], processes: int | None, config: str | None, gpus: int) -> list[str]:
-    """The command that starts a run.
+    """Return the command that starts a run.
 
     Args:
         flags: of finetune.py.
-        processes: None for one on each GPU, or one on the CPU.
-        config: a file of accelerate's.
-        gpus: to be used; 0 for the CPU.
+        processes: None for one per GPU, or one on the CPU.
+        config: a configuration file of accelerate's, or None.
+        gpus: the number of GPUs to use; 0 for the CPU.
 
     Raises:
-        UsageError: for processes that cannot be, and a file that is none of accelerate's.
+        UsageError: for an invalid number of processes, and a file that is not a configuration of accelerate's.
     """
     run = ["-m", "to_finetune.finetune", *flags]
     machines = 1 if config is None else _machines(config)
@@ -49,21 +49,21 @@ def command_for(flags: Sequence[str], processes: int | None, config: str | None,
     if config is not None:
         how_many = [] if machines > 1 and processes is None else ["--num_processes", str(count)]
         return ["accelerate", "launch", "--config_file", config, *how_many, *run]
-    if count > 1 and not gpus:  # accelerate would start one, and say nothing
+    if count > 1 and not gpus:  # accelerate would silently start one
         return ["torchrun", "--standalone", "--nproc_per_node", str(count), *run]
     if count > 1:
         plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # else it warns
         return ["accelerate", "launch", "--multi_gpu", "--num_processes", str(count), *plain, *run]
-    if gpus > 1:  # Hugging Face would drive them all from the one process
+    if gpus > 1:  # else Hugging Face would drive all of them from one process
         first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         return ["env", f"CUDA_VISIBLE_DEVICES={first}", sys.executable, *run]
     return [sys.executable, *run]
 
 
 def launch(command: list[str]) -> int:
-    """Run what `command_for` gives; returns the exit code of the run. Of a single process, it becomes that.
+    """Run a command of `command_for` and return the run's exit code; a single-process run replaces this process.
 
-    A signal goes on to the processes of the run, which then save a checkpoint, and not to their launcher, which would
+    Signals are passed on to the run's processes, which then save a checkpoint, and not to their launcher, which would
     kill them after half a minute.
     """
     if command[0] == "accelerate":
@@ -79,7 +79,7 @@ def _launched(launcher: Callable[[], Any]) -> int:
             child.send_signal(number)
 
     try:
-        # The signals are torchrun's own; it must leave us the others.
+        # Limit torchrun's own handlers to these signals: the others are handled here.
         with on_stop(pass_on), patch_environment(PET_SIGNALS_TO_HANDLE="SIGHUP,SIGQUIT"):
             launcher()
     except ChildFailedError as error:
@@ -91,7 +91,7 @@ def _launched(launcher: Callable[[], Any]) -> int:
 
 
 def _machines(config: str) -> int:
-    """The number of machines in a file of accelerate's.
+    """Return the number of machines in a configuration file of accelerate's.
 
     Raises:
         UsageError: for a file that cannot be read.
@@ -106,15 +106,15 @@ def _machines(config: str) -> int:
 
 
 def check_processes(running: int) -> None:
-    """Refuse a launch that asked `accelerate launch` for more processes than run.
+    """Raise if `accelerate launch` was asked for more processes than are running.
 
-    On the CPU, ``accelerate launch --cpu --num_processes 2`` starts one process and says nothing.
+    On the CPU, ``accelerate launch --cpu --num_processes 2`` silently starts one process.
 
     Raises:
         UsageError: with the command that starts them.
     """
     command: list[str] = []
-    with suppress(psutil.Error):  # another user's process may not be looked at
+    with suppress(psutil.Error):  # another user's process may not be readable
         parent = psutil.Process().parent()
         command = parent.cmdline() if parent else []
     asked = processes_asked_for(command)
@@ -126,16 +126,16 @@ def check_processes(running: int) -> None:
 
 
 def asks_for_fsdp(args: TrainingArguments) -> bool:
-    """Whether Hugging Face's flag or accelerate's configuration does."""
+    """Whether Hugging Face's flag or accelerate's configuration asks for FSDP."""
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def check_layout(args: TrainingArguments, state: Any, is_sharded: bool, optimizer: Any) -> None:
-    """Refuse a run that would not be sharded, or not stepped, as it was asked for, or that a TO cannot step.
+    """Raise if a run would not get the sharding or optimizer asked for, or uses FSDP in a version that no TO supports.
 
     Args:
         args: of the run.
-        state: accelerate's.
+        state: accelerate's state.
         is_sharded: whether FSDP or DeepSpeed is at work.
         optimizer: the one that the Trainer was given, if any.
 
@@ -159,10 +159,10 @@ def check_layout(args: TrainingArguments, state: Any, is_sharded: bool, optimize
 
 
 def check_clipping(engine: Any, args: TrainingArguments) -> None:
-    """Refuse DeepSpeed's own clipping, which is to norm 1 where its JSON says nothing.
+    """Raise unless DeepSpeed clips to `max_grad_norm`: without an entry in its JSON, it clips to norm 1.
 
     Raises:
-        UsageError: where it is not max_grad_norm.
+        UsageError: with the entry to set in the JSON.
     """
     if engine.gradient_clipping() != (args.max_grad_norm or 0.0):
         raise UsageError(
@@ -172,7 +172,7 @@ def check_clipping(engine: Any, args: TrainingArguments) -> None:
 
 
 def processes_asked_for(command: Sequence[str]) -> int | None:
-    """The number of processes that an ``accelerate launch`` command line, or its configuration file, asks for."""
+    """Return the number of processes that an ``accelerate launch`` command or its configuration file asks for."""
     names = [Path(item).name for item in command]
     launchers = {"accelerate-launch", "accelerate.commands.launch"}
     if not (launchers & set(names) or {"accelerate", "launch"} <= set(names)):

@@ -1,4 +1,4 @@
-"""The memory that a run is planned to take, and what it takes."""
+"""A run's planned memory, and the memory that it was measured to take."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ KINDS = {
 
 
 class RunMemory(TrainerCallback):
-    """Made before the model is loaded.
+    """Records the planned and the measured memory of a run. Create it before the model is loaded.
 
     Attributes:
-        values: for the run's record. ``planned``: bytes of the plan's parts, or None and ``not_planned`` says why.
-            ``measured``: bytes of the process that took most while it trained, or None; ``kind`` says of what: on a
-            GPU "allocated", what torch has given out, without the CUDA context and what lies idle between its blocks;
-            on the CPU "resident", by how much the process has grown, whatever has grown in it.
+        values: for the run's record. ``planned``: bytes of the plan's parts, or None, and ``not_planned`` says why.
+            ``measured``: bytes taken by the process that took the most, or None. ``kind``: on a GPU
+            "allocated", what torch handed out, without the CUDA context and the allocator's unused blocks; on the CPU
+            "resident", by how much the process has grown, for whatever reason.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,7 +39,7 @@ class RunMemory(TrainerCallback):
         self._resident, self._peak = psutil.Process().memory_info().rss, _peak_resident()
 
     def plan(self, model_args: ModelArguments, args: FinetuneArguments) -> Text:
-        """Plan the run, and say so in a line."""
+        """Plan the run's memory, and return the plan in one line."""
         planned = plan_live(model_args, args)
         if not isinstance(planned, Plan):
             self.values["not_planned"] = planned
@@ -48,7 +48,7 @@ class RunMemory(TrainerCallback):
         return plan_line(planned)
 
     def in_words(self) -> str:
-        """Both, beside each other."""
+        """Return the planned and the measured memory in words."""
         planned, measured = self.values["planned"], self.values["measured"]
         words = []
         if planned:
@@ -73,7 +73,7 @@ class RunMemory(TrainerCallback):
             self.values["measured"] = int(most)
 
     def _taken(self) -> int:
-        """Bytes; 0 if not known."""
+        """Return the bytes taken; 0 if not known."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         peak = _peak_resident()
@@ -81,7 +81,7 @@ class RunMemory(TrainerCallback):
 
 
 def _peak_resident() -> int:
-    """Bytes, in the life of this process; 0 where the system does not say."""
+    """Return the peak resident bytes in this process's lifetime; 0 if the system does not report them."""
     try:
         import resource
     except ImportError:  # Windows

@@ -30,19 +30,19 @@ RECOMMENDED_OPTIONS: dict[str, Any] = {
     "grad_scale": "factored",
     "decoupled_weight_decay": True,
 }
-RATE, ADAPTER_RATE = 2e-3, 1.2e-2  # where everything trains, and of adapters, in models up to the measured width
+RATE, ADAPTER_RATE = 2e-3, 1.2e-2  # for all weights and for adapters, in models up to the measured width
 MEASURED_WIDTH = 256
 
 
 def recommended_learning_rate(model: nn.Module) -> float:
-    """(ours) The rate of a TO with the recommended options, for what trains of a Hugging Face model.
+    """(ours) Return the learning rate of a TO with the recommended options, for what trains in a Hugging Face model.
 
-    The fewer of the weights train, the further each has to go: a third of them or less at three times the rate of all.
-    Up to a width of 256 it is measured (scripts/study). From there it falls as ``width^-1.5``, to about where AdamW's
-    published rates are at 7 billion weights, of width 4,096; that is not measured.
+    The fewer weights train, the further each has to move: a third of them or less gets three times the rate of all.
+    Up to a width of 256 the rate is measured (scripts/study). Beyond that it falls as ``width^-1.5``, to about AdamW's
+    published rates at 7 billion weights, of width 4,096; this part is not measured.
 
     Args:
-        model: what trains of it has `requires_grad`; its weights may be on no device.
+        model: its trained parameters have `requires_grad`; it may be on the meta device.
 
     Raises:
         UsageError: for a model whose configuration has no width.
@@ -59,9 +59,10 @@ def recommended_learning_rate(model: nn.Module) -> float:
 
 
 def with_embeddings_apart(optimizer: TrainableOptimizer, model: nn.Module) -> TrainableOptimizer:
-    """The same, new one, but for embeddings, output heads and their adapters with "rms" in the place of "factored".
+    """Use "rms" in place of "factored" for embeddings, output heads and their adapters in a new optimizer.
 
-    A batch has few of a vocabulary's tokens. Were all rows to weigh alike, those of the others would move as far.
+    A batch has few of a vocabulary's tokens: if all rows counted alike, those of absent tokens would move as far as the
+    others.
     """
     modules = [m for m in model.modules() if isinstance(getattr(m, "base_layer", m), nn.Embedding)]  # adapted or not
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -82,7 +83,7 @@ def with_embeddings_apart(optimizer: TrainableOptimizer, model: nn.Module) -> Tr
 
 
 def optimizer_options(name: str, optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """The keyword arguments of the TO called `name`: the recommended ones, overridden by `optim_args`.
+    """Return the keyword arguments of the TO called `name`: the recommended ones, overridden by `optim_args`.
 
     Args:
         name: a key of `OPTIMIZERS`.
@@ -108,7 +109,7 @@ def optimizer_options(name: str, optim_args: str | Mapping[str, Any] | None) -> 
 
 
 def check_options(name: str, options: Mapping[str, Any], learning_rate: float) -> None:
-    """Build the optimizer once on a dummy weight, so that a bad value is refused before anything is loaded."""
+    """Build the optimizer once on a dummy weight, so that a bad value raises before anything is loaded."""
     try:
         OPTIMIZERS[name]([torch.zeros(1)], lr=learning_rate, **options)
     except (ValueError, TypeError) as error:
@@ -116,7 +117,7 @@ def check_options(name: str, options: Mapping[str, Any], learning_rate: float) -
 
 
 def parse_optim_args(optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """``"alpha=0.1,grad_scale=None"`` or a mapping as a dict with Python values."""
+    """Parse ``"alpha=0.1,grad_scale=None"`` or a mapping to a dict with Python values."""
     if not optim_args:
         return {}
     if isinstance(optim_args, Mapping):

@@ -1,4 +1,4 @@
-"""A run's flags as a plan of its memory."""
+"""Planning the memory of a run from its flags."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from to_finetune.training.launch import asks_for_fsdp
 from to_finetune.training.prepare import check_base
 from to_finetune.training.sft import TOSFTTrainer
 
-# Flags that change what a step holds in ways that a dry run does not know.
+# Flags that change the memory of a step in ways that a dry run does not know.
 UNKNOWN = ("torch_compile", "use_liger_kernel", "activation_offloading", "label_smoothing_factor")
 
 
 def parse_for_plan(argv: Sequence[str], beside: Collection[str] = ()) -> tuple[ModelArguments, FinetuneArguments]:
-    """The flags of a run that may be elsewhere: the data need not be named, and no GPU is looked at.
+    """Parse the flags of a run that may be elsewhere: the data need not be named, and no GPU is queried.
 
     Raises:
-        UsageError: as `parse_arguments` and `check_base`, and for a layout that is not given by its name.
+        UsageError: as `parse_arguments` and `check_base`, and for a layout given by --deepspeed or --fsdp.
     """
     model_args, _, args = parse_arguments(["--dataset_name", "any", *argv], ArgumentsElsewhere, beside)
     check_base(model_args, args)
@@ -52,16 +52,16 @@ def settings_of(
     processes: int = 1,
     rows: int | None = None,
 ) -> Settings:
-    """What a run is planned by.
+    """Return the settings that a run is planned from.
 
     Args:
         layout: one of `LAYOUTS`.
         processes: over all machines.
-        rows: of the training data; None if not known, where epochs say nothing of the steps.
+        rows: of the training data; None if unknown, when epochs do not determine the number of steps.
 
     Raises:
-        UsageError: for a model or a subset that is not there.
-        CannotSay: for flags whose needs are not known.
+        UsageError: for a model or a subset that does not exist.
+        CannotSay: for flags whose memory is not known.
     """
     for flag in UNKNOWN:
         if value := getattr(args, flag, None):
@@ -98,7 +98,7 @@ def settings_of(
 
 
 def steps(args: FinetuneArguments, processes: int, rows: int | None) -> int | None:
-    """The optimizer's steps in all, as Hugging Face counts them; None where the length of the data is not known."""
+    """Return the number of optimizer steps as Hugging Face counts them; None if it depends on unknown `rows`."""
     if args.max_steps > 0:
         return args.max_steps
     if rows is None:
@@ -109,24 +109,24 @@ def steps(args: FinetuneArguments, processes: int, rows: int | None) -> int | No
 
 
 def choice_of(model_args: ModelArguments) -> Choice:
-    """How to say other last layers than these flags do, in their place."""
+    """Return how to express another number of last layers in place of these flags."""
     modules = model_args.unfrozen_modules
     return Choice(None if modules is None else tuple(modules), as_patterns=model_args.unfrozen_parameters is not None)
 
 
 def plan_live(model_args: ModelArguments, args: FinetuneArguments) -> Plan | str:
-    """The plan of the run that this process is part of, or why there is none, which must not stop it."""
+    """Return the plan of the run that this process is part of, or why there is none: planning must not stop a run."""
     try:
         return plan(settings_of(model_args, args, _live_layout(args), args.world_size))
-    except Exception as error:  # whatever it is, the run itself has its own say
+    except Exception as error:  # whatever it is, the run's own checks decide
         return shorten(str(error) or type(error).__name__, 300)
 
 
 def _live_layout(args: FinetuneArguments) -> str:
-    """As accelerate has set this process up.
+    """Return the layout in which accelerate has set this process up.
 
     Raises:
-        CannotSay: for one that is none of `LAYOUTS`.
+        CannotSay: for a layout that is not in `LAYOUTS`.
     """
     if args.n_gpu > 1:
         raise CannotSay(f"One process drives {args.n_gpu} GPUs: start one for each, as `to-finetune train` does.")
@@ -153,8 +153,8 @@ def _lora(model_args: ModelArguments) -> Lora:
 
 def _optimizer(args: FinetuneArguments) -> tuple[Any, dict[str, Any]]:
     args = copy(args)
-    args.learning_rate = args.learning_rate or 0.0  # which takes no memory
+    args.learning_rate = args.learning_rate or 0.0  # its value takes no memory
     try:
         return TOSFTTrainer.get_optimizer_cls_and_kwargs(args)
-    except Exception as error:  # one that is not installed, or that looks at the model first
+    except Exception as error:  # an optimizer that is not installed, or that needs the model
         raise CannotSay(f"optim={args.optim}: its state is not known ({shorten(str(error), 200)}).") from error

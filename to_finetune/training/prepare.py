@@ -32,14 +32,14 @@ from to_finetune.training.sft import TOSFTTrainer
 
 
 def prepare_model(model_args: ModelArguments, args: FinetuneArguments, is_trained: bool = True) -> tuple[Any, Subset]:
-    """The base model with all but what trains frozen, or with adapters; and what trains.
+    """Load the base model with all but the trained subset frozen, or with adapters; return it with the subset.
 
     Args:
-        is_trained: False for a model that is as it was loaded: then mixed precision widens no weight of it.
+        is_trained: False for a model as it was loaded: mixed precision then widens none of its weights.
 
     Raises:
-        UsageError: for a model, a choice of weights or adapters, or a combination of flags that cannot be; before any
-            weight is loaded.
+        UsageError: for an invalid model, choice of weights or adapters, or combination of flags; before any weight is
+            loaded.
     """
     mixed = args.autocast_dtype
     dtype = getattr(torch, model_args.dtype or mixed or "float32")
@@ -53,7 +53,7 @@ def prepare_model(model_args: ModelArguments, args: FinetuneArguments, is_traine
         quantization_config = quantize_frozen(model_args.quantization, skeleton, compute_dtype)
     model: Any = load_model(base, revision, dtype, attention, trust, quantization_config)
     if lora:
-        set_seed(args.seed)  # what the adapters begin with
+        set_seed(args.seed)  # of the adapters' initial weights
         return with_adapters(model, lora), subset
     select_trainable(model, patterns)
     if mixed and is_trained:
@@ -62,10 +62,10 @@ def prepare_model(model_args: ModelArguments, args: FinetuneArguments, is_traine
 
 
 def settle_learning_rate(model_args: ModelArguments, args: FinetuneArguments) -> None:
-    """Where none was asked for, a TO's rate for this model and what trains of it.
+    """Set a TO's rate for this model and what trains in it, unless a rate was given.
 
     Raises:
-        UsageError: as `prepare_model`, also where one was.
+        UsageError: as `prepare_model`, even if a rate was given.
     """
     skeleton, *_ = _without_weights(model_args, args)
     if args.learning_rate is None:
@@ -75,7 +75,7 @@ def settle_learning_rate(model_args: ModelArguments, args: FinetuneArguments) ->
 def _without_weights(
     model_args: ModelArguments, args: FinetuneArguments
 ) -> tuple[Any, Subset, list[str] | None, PeftConfig | None]:
-    """The base model on no device, and what trains of it: patterns of names, or adapters."""
+    """Return the base model on the meta device, and what trains in it: the subset, with its patterns or adapters."""
     check_base(model_args, args)
     skeleton = without_weights(
         model_args.model_name_or_path,
@@ -93,7 +93,7 @@ def _without_weights(
 
 
 def check_base(model_args: ModelArguments, args: FinetuneArguments) -> None:
-    """Refuse flags of the base and of adapters that exclude each other, or would do nothing."""
+    """Raise if flags of the base and of adapters exclude each other, or would do nothing."""
     flags = [f.name for f in fields(model_args) if f.name.startswith("unfrozen_")]
     unfrozen = [flag for flag in flags if getattr(model_args, flag) is not None]
     if model_args.use_peft and unfrozen:
@@ -121,10 +121,10 @@ def check_base(model_args: ModelArguments, args: FinetuneArguments) -> None:
 
 
 def prepare_data(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArguments) -> tuple[Any, Any, Any]:
-    """The tokenizer with its chat template, the training and the held-out rows; settles what is learned in `args`.
+    """Return the tokenizer with its chat template, training and held-out rows; set in `args` which tokens are learned.
 
     Raises:
-        UsageError: for a tokenizer, data, or flags for them, that cannot be; before anything is tokenized.
+        UsageError: for an invalid tokenizer, invalid data or flags for them; before anything is tokenized.
     """
     _check_data_flags(data_args, args)
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
@@ -148,7 +148,7 @@ def prepare_data(model_args: ModelArguments, data_args: DataArguments, args: Fin
 
     if data.form in (MESSAGES, TURNS) or args.chat_template_path is not None:
         eos_token = set_chat_template(tokenizer, args.chat_template_path)
-        args.chat_template_path = None  # that is done
+        args.chat_template_path = None  # it has been applied
         if args.eos_token is None and eos_token != tokenizer.eos_token:
             args.eos_token = eos_token
     if args.assistant_only_loss is None:
@@ -162,11 +162,11 @@ def prepare_data(model_args: ModelArguments, data_args: DataArguments, args: Fin
 def prepare_trainer(
     model: Any, tokenizer: Any, args: FinetuneArguments, train_dataset: Any, eval_dataset: Any
 ) -> TOSFTTrainer:
-    """The trainer, which tokenizes the data.
+    """Return the trainer; creating it tokenizes the data.
 
     Raises:
-        UsageError: for what TRL and Hugging Face refuse in the settings and the data; for a model that packed
-            examples would see each other in.
+        UsageError: for settings and data that TRL and Hugging Face reject; for a model in which packed examples would
+            see each other.
     """
     try:
         trainer = TOSFTTrainer(
@@ -176,7 +176,7 @@ def prepare_trainer(
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
         )
-        if trainer.padding_free and args.process_index == 0 and not is_deepspeed_zero3_enabled():  # weights in pieces
+        if trainer.padding_free and args.process_index == 0 and not is_deepspeed_zero3_enabled():  # weights are sharded
             with trainer.compute_loss_context_manager():
                 check_packing(trainer.model, trainer.data_collator)
     except TemplateError as error:
@@ -194,7 +194,7 @@ def prepare_trainer(
 
 
 def prepare_preview(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArguments) -> TOSFTTrainer:
-    """The trainer of a run as far as its data are concerned, with a tiny model in the place of the base.
+    """Return a run's trainer for a look at its data, with a tiny model in place of the base.
 
     Raises:
         UsageError: as `prepare_data` and `prepare_trainer`.
@@ -208,7 +208,7 @@ def prepare_preview(model_args: ModelArguments, data_args: DataArguments, args: 
 
 
 def data_report(trainer: TOSFTTrainer) -> Group:
-    """How much data there are and how much of them is learned; and in a sentence each, what seems wrong with them."""
+    """Return a table of the data and of how much is learned, and a sentence on packing and on each likely problem."""
     args: Any = trainer.args
     tokenizer: Any = trainer.processing_class
     keeps = "end" if args.truncation_mode == "keep_end" else "start"
@@ -234,7 +234,7 @@ def data_report(trainer: TOSFTTrainer) -> Group:
 
 
 def _check_data_flags(data_args: DataArguments, args: FinetuneArguments) -> None:
-    """Refuse flags of the data that exclude each other, or would do nothing, or harm."""
+    """Raise if flags of the data exclude each other, or would do nothing, or harm."""
     if data_args.dataset_streaming and args.max_steps <= 0:
         raise UsageError("dataset_streaming=True needs --max_steps: how long a stream is, is not known.")
     if args.dataset_kwargs:
@@ -246,7 +246,7 @@ def _check_data_flags(data_args: DataArguments, args: FinetuneArguments) -> None
 
 
 def _check_losses(form: str, args: FinetuneArguments) -> None:
-    """Refuse what would learn other tokens than it says."""
+    """Raise if a flag would make the run learn other tokens than it says."""
     if args.completion_only_loss and form in (MESSAGES, TEXT):
         instead = "--assistant_only_loss" if form == MESSAGES else "nothing of the kind"
         raise UsageError(f"completion_only_loss=True needs prompts and completions; for {form} there is {instead}.")

@@ -1,4 +1,4 @@
-"""The proofs of engagement: a run that does not train what was asked, with what was asked, stops and says so."""
+"""The proofs of engagement: a run stops if it does not train the requested weights with the requested optimizer."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ NOTHING_MOVED = "No trained weight moved in the first steps: no gradient reaches
 
 
 class EngagementProofs(TrainerCallback):
-    """Checks the live optimizer before the first step, and what moved after it and at the end.
+    """Checks the live optimizer before the first step, and which tensors have moved after it and at the end.
 
     Args:
         expected: the optimizer class that was asked for; None where only Hugging Face knows it (a factory).
 
     Attributes:
-        proofs: what was shown so far, for the run's record.
+        proofs: what has been proven so far, for the run's record.
     """
 
     def __init__(self, expected: type[Optimizer] | None) -> None:
@@ -64,7 +64,7 @@ class EngagementProofs(TrainerCallback):
         if moved:
             self.proofs["moved_after_first_step"] = len(moved)
             self.proofs["frozen_tensors_unmoved"] = len(self._before) - self.proofs["trained_tensors"]
-        elif self._steps == 2:  # the first step of a warm-up has rate 0, where nothing can move
+        elif self._steps == 2:  # the first step of a warm-up has rate 0, so nothing moves
             raise RunError(NOTHING_MOVED)
 
     def on_train_end(
@@ -86,10 +86,10 @@ class EngagementProofs(TrainerCallback):
         return self._skipped > before
 
     def _moved(self, model: nn.Module) -> set[str]:
-        """The trained tensors that differ from the start.
+        """Return the names of the trained tensors that differ from the start.
 
         Raises:
-            RunError: when a frozen one does.
+            RunError: when a frozen tensor does.
         """
         moved = {name for name, value in fingerprints(model).items() if value != self._before[name]}
         frozen = [name for name, p in model.named_parameters() if name in moved and not p.requires_grad]
@@ -101,14 +101,14 @@ class EngagementProofs(TrainerCallback):
 
 
 def unwrapped(optimizer: Any) -> Optimizer:
-    """The optimizer inside accelerate's and DeepSpeed's wrappers."""
+    """Return the optimizer inside accelerate's and DeepSpeed's wrappers."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def check_optimizer(live: Optimizer, expected: type[Optimizer] | None) -> str:
-    """The live optimizer's class name.
+    """Return the live optimizer's class name.
 
     Raises:
         RunError: when it is not the class that was asked for.
@@ -124,7 +124,7 @@ def check_optimizer(live: Optimizer, expected: type[Optimizer] | None) -> str:
 
 
 def held_parameters(optimizer: Any) -> list[Tensor]:
-    """The model's parameters that an optimizer steps, also where DeepSpeed has put others in their place."""
+    """Return the model's parameters that an optimizer steps, even if DeepSpeed has put others in their place."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
         groups = getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "fp16_groups", None)  # of ZeRO 1-2, 3
@@ -134,7 +134,7 @@ def held_parameters(optimizer: Any) -> list[Tensor]:
 
 
 def check_trained_parameters(model: nn.Module, optimizer: Any) -> int:
-    """The number of trained tensors.
+    """Return the number of trained tensors.
 
     Raises:
         RunError: when the optimizer's tensors are not exactly the model's that require a gradient.
@@ -154,14 +154,14 @@ def check_trained_parameters(model: nn.Module, optimizer: Any) -> int:
 
 @torch.no_grad()
 def fingerprints(model: nn.Module) -> dict[str, int]:
-    """A 64-bit sum of every parameter's bits, over all processes: it changes with any one of them."""
+    """Return a 64-bit sum of each parameter's bits, over all processes: a change of any one element changes it."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
     def bits(p: Tensor) -> Tensor:
-        p = getattr(p, "ds_tensor", p)  # under ZeRO-3 this process's part
+        p = getattr(p, "ds_tensor", p)  # under ZeRO-3, this process's shard
         p = (p.to_local() if isinstance(p, DTensor) else p).detach()
         if p.ndim == 1 and p.is_floating_point() and p.itemsize == 2:
-            p = p.float()  # bitsandbytes casts biases to the dtype of the input, to their very values
+            p = p.float()  # bitsandbytes casts biases to the dtype of the input, which keeps their values
         return p.contiguous().view(-1).view(integer[p.element_size()]).sum(dtype=torch.int64)
 
     names, parts = zip(*((name, bits(p)) for name, p in model.named_parameters()), strict=True)
@@ -172,7 +172,7 @@ def fingerprints(model: nn.Module) -> dict[str, int]:
 
 
 def check_saved(live: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> int:
-    """Read the saved trained tensors again and compare them with the live ones bit for bit; returns their bytes.
+    """Read the saved trained tensors back, compare them with the live ones bit for bit, and return their bytes.
 
     Raises:
         RunError: when they differ.

@@ -75,7 +75,7 @@ OPTIMIZER_STATES = ("to_state", "optimizer.pt", "optimizer.bin", "latest")  # ou
 
 
 class RunRecord:
-    """The folder of one run. Both files are written beside and renamed, so that neither is ever half there."""
+    """The folder of one run. Both files are written atomically, so that neither is ever incomplete."""
 
     def __init__(self, folder: str, config: dict[str, Any], rows_a_step: int) -> None:
         self.folder = Path(folder)
@@ -89,7 +89,7 @@ class RunRecord:
         self.config = config
 
     def check_folder(self, resume: str | None) -> None:
-        """Refuse a folder that holds another run, and a resume that is not of the same run.
+        """Raise if the folder holds another run, or if the run to resume had other settings.
 
         Raises:
             UsageError: naming the folder, or the keys that differ.
@@ -129,41 +129,41 @@ class RunRecord:
                 )
 
     def begin(self) -> None:
-        """Write both files."""
+        """Write config.yaml and run.json."""
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / CONFIG, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
         self.update()
 
     def update(self, **values: Any) -> None:
-        """Add to run.json."""
+        """Add `values` to run.json."""
         self.values.update(values)
         write_json(self.folder / RECORD, self.values)
 
 
 def _rows_a_step(folder: Path) -> int | None:
-    """Those that a run.json tells of; a damaged one, which is written anew, of none."""
+    """Return the rows per step from a run.json; None from a damaged one, which will be overwritten."""
     with suppress(UsageError):
         return (read(folder / RECORD, mapping) or {}).get("rows_a_step")
     return None
 
 
 def _words(value: Any) -> list[Any]:
-    """As typed: in a file one value may stand as a list of one, or a number in quotes."""
+    """Return a value as typed words: in a file, one value may be a list of one, or a number in quotes."""
     return [item if isinstance(item, dict) else str(item) for item in (value if isinstance(value, list) else [value])]
 
 
 def was_restarted() -> bool:
-    """Whether torchrun has started this run again, after one of its processes died."""
+    """Whether torchrun has restarted this run after one of its processes died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def resume_point(asked: str | None, output_dir: str) -> str | None:
-    """The checkpoint to go on from: the one named, or the last one for ``--resume_from_checkpoint true``.
+    """Return the checkpoint to resume from: the one named, or the last one for ``--resume_from_checkpoint true``.
 
-    A run that torchrun has restarted goes on from its last checkpoint, if it has one.
+    A run that torchrun has restarted resumes from its last checkpoint, if it has one.
 
     Raises:
-        UsageError: when there is none.
+        UsageError: when there is no such checkpoint, or it has no optimizer state.
     """
     word = str(asked).lower()
     last = last_checkpoint(output_dir)
@@ -190,14 +190,14 @@ def resume_point(asked: str | None, output_dir: str) -> str | None:
 
 
 def summarise(history: Sequence[Mapping[str, Any]], saved_step: int | None = None) -> dict[str, Any]:
-    """What a Trainer's ``state.log_history`` comes to; losses in nats a token. None for what is not finite.
+    """Summarise a Trainer's ``state.log_history``; losses in nats per token. None for a value that is not finite.
 
     Args:
         history: of the run.
-        saved_step: the one whose weights are saved, for the held-out loss; None for the last.
+        saved_step: the step whose weights are saved, to take the held-out loss from; None for the last.
     """
     rows = [row for row in history if "loss" in row]
-    losses = [row["loss"] for row in rows]  # each the mean since the row before
+    losses = [row["loss"] for row in rows]  # each the mean since the previous row
     steps = [row["step"] - before for row, before in zip(rows, [0, *(row["step"] for row in rows)], strict=False)]
     first = losses[: len(losses) // 5]
 

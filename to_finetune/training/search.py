@@ -1,4 +1,4 @@
-"""What a sweep searches: ``learning_rate=1e-3..1e-1`` or ``alpha=0,0.1,0.3`` as Optuna's distributions, as flags."""
+"""A sweep's search space, ``learning_rate=1e-3..1e-1`` or ``alpha=0,0.1,0.3``: its Optuna distributions and flags."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Space = dict[str, BaseDistribution]
 
 
 def search_texts(search: Sequence[str], args: FinetuneArguments) -> dict[str, str]:
-    """What is searched, by name, as it was written; nothing stands for the learning rate, a decade to each side.
+    """Return each searched key with its text as written; by default the learning rate, a decade to each side.
 
     Raises:
-        UsageError: for what is not ``key=...``, and for a key that comes twice.
+        UsageError: for a word that is not ``key=...``, and for a key that is given twice.
     """
     rate = args.learning_rate or 0.0
     if not search and rate <= 0:
@@ -47,10 +47,10 @@ def search_texts(search: Sequence[str], args: FinetuneArguments) -> dict[str, st
 
 
 def distribution(key: str, text: str, args: FinetuneArguments) -> BaseDistribution:
-    """The values of `key` that `text` stands for.
+    """Return the distribution of `key` that `text` describes.
 
     Raises:
-        UsageError: for a key that cannot be searched, and for values that are none.
+        UsageError: for a key that cannot be searched, and for invalid values.
     """
     kind = _kind(key, args)
     if ".." in text:
@@ -87,7 +87,7 @@ def _range(key: str, text: str, kind: type) -> BaseDistribution:
 
 
 def range_ends(text: str) -> tuple[float, float] | None:
-    """The two numbers of ``low..high``; None for anything else."""
+    """Return the two numbers of ``low..high``; None for anything else."""
     try:
         low, high = map(float, text.split(".."))
     except ValueError:
@@ -102,7 +102,7 @@ def _is_number(value: Any, kind: type) -> bool:
 
 
 def _kind(key: str, args: FinetuneArguments) -> type:
-    """int or float for a number among the flags and the optimizer's options, str for another option.
+    """Return int or float for a flag or optimizer option that is a number, str for another option.
 
     Raises:
         UsageError: for anything else.
@@ -120,7 +120,7 @@ def _kind(key: str, args: FinetuneArguments) -> type:
 
 
 def _number_flags() -> dict[str, type]:
-    """The flags that are one number, int or float."""
+    """Return the flags that are one number, with their type: int or float."""
     found = dict[str, type]()
     for cls in (ModelArguments, DataArguments, FinetuneArguments):
         hints = get_type_hints(cls)
@@ -132,7 +132,7 @@ def _number_flags() -> dict[str, type]:
 
 
 def _options(args: FinetuneArguments) -> dict[str, type]:
-    """The TO's own options: int, float, or str for what is no number."""
+    """Return the TO's own options with their type: int, float, or str for one that is not a number."""
     if args.optim not in OPTIMIZERS:
         return {}
     parameters = inspect.signature(OPTIMIZERS[args.optim]).parameters
@@ -142,7 +142,7 @@ def _options(args: FinetuneArguments) -> dict[str, type]:
 
 
 def as_flags(values: Mapping[str, Any], args: FinetuneArguments) -> list[str]:
-    """The flags that set `values`; options of the optimizer go to those that `args` have."""
+    """Return the flags that set `values`; options of the optimizer are added to those in `args`."""
     flags = _number_flags()
     words = [word for key, value in values.items() if key in flags for word in (f"--{key}", str(value))]
     options = {key: value for key, value in values.items() if key not in flags}
@@ -153,12 +153,12 @@ def as_flags(values: Mapping[str, Any], args: FinetuneArguments) -> list[str]:
 
 
 def extremes(d: BaseDistribution) -> list[Any]:
-    """The ends of a range, or all values of a list."""
+    """Return the ends of a range, or all values of a list."""
     return list(d.choices) if isinstance(d, CategoricalDistribution) else [d.low, d.high]
 
 
 def combinations(space: Space) -> float:
-    """How many different trials there are."""
+    """Return the number of different trials; infinite with a range of floats."""
     return math.prod(math.inf if isinstance(d, FloatDistribution) else len(_all(d)) for d in space.values())
 
 
@@ -168,10 +168,10 @@ def _all(d: BaseDistribution) -> Sequence[Any]:
 
 
 def design(space: Space, trials: int) -> list[dict[str, Any]]:
-    """The trials that do not depend on what comes of others.
+    """Return the trials that do not depend on the results of others.
 
-    Of a single range an even grid, ends included; of lists, and of whole numbers where they are few, every combination,
-    shuffled; else half of the trials, spread over the space by a Sobol sequence.
+    With lists alone, or at most `trials` combinations, every combination, shuffled; with a single range an even grid,
+    ends included; else half of the trials, spread over the space by a Sobol sequence.
     """
     if combinations(space) <= trials or all(isinstance(d, CategoricalDistribution) for d in space.values()):
         rows = list(itertools.product(*map(_all, space.values())))
@@ -185,7 +185,7 @@ def design(space: Space, trials: int) -> list[dict[str, Any]]:
 
 
 def _at(d: BaseDistribution, u: float) -> Any:
-    """The value at `u`, from 0 to 1; of a range in few digits, as one would type it."""
+    """Return the value at `u`, from 0 to 1; from a range in few digits, as one would type it."""
     if isinstance(d, CategoricalDistribution):
         return d.choices[min(int(u * len(d.choices)), len(d.choices) - 1)]
     value = d.low * (d.high / d.low) ** u

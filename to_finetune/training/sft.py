@@ -1,4 +1,4 @@
-"""The mixin on TRL's SFTTrainer, with what a fine-tuning run adds: rows as they were, speed, a loss over tokens."""
+"""TRL's SFTTrainer with the mixin, and what a fine-tuning run adds: uncut rows, speed, a loss over tokens."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ from to_finetune.training.trainer import TrainableOptimizerMixin
 class TOSFTTrainer(TrainableOptimizerMixin, SFTTrainer):
     """`trl.SFTTrainer` with the Trainable Optimizers, its speed in the log, and a held-out loss over tokens.
 
-    Hugging Face averages the batches' mean losses, which depends on the batch size and on the number of processes.
+    Hugging Face averages the batches' mean losses, so that its loss depends on the batch size and on the number of
+    processes.
 
     Attributes:
-        uncut: the tokenized rows, as long as they are, under "train" and "eval": what was cut can be told from them.
+        uncut: the tokenized rows at full length, under "train" and "eval", to tell what was cut.
     """
 
-    _last_log: tuple[float, float] = (0.0, 0.0)  # when, and the tokens until then
+    _last_log: tuple[float, float] = (0.0, 0.0)  # its time, and the tokens until then
 
     def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         self.uncut: dict[str, Any] = {}
         trained = [(p, p.data) for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
         super().__init__(model, *args, **kwargs)
         for p, data in trained:
-            if p.dtype != data.dtype:  # TRL rounds to bfloat16 what trains on a quantised base
+            if p.dtype != data.dtype:  # TRL casts what trains on a quantised base to bfloat16
                 p.data = data.to(p.device)
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
-        """TRL's, in two steps: it tokenizes, and then it cuts or packs what has been tokenized.
+        """Run TRL's preparation in two steps: tokenize the rows, then cut or pack them.
 
-        Held-out rows are made to share out evenly over several processes: accelerate would repeat some, which count.
+        Held-out rows are filled up to divide evenly among processes: accelerate would repeat some, which would count.
         """
         whole = copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
@@ -51,7 +52,7 @@ class TOSFTTrainer(TrainableOptimizerMixin, SFTTrainer):
         return rows
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the tokens a second since the last log, over all processes; the time of an evaluation does not count."""
+        """Add the tokens per second of all processes since the last log; time spent in evaluations does not count."""
         if "loss" in logs:
             before, tokens_before = self._last_log
             tokens = self._total_train_tokens - tokens_before
@@ -67,7 +68,7 @@ class TOSFTTrainer(TrainableOptimizerMixin, SFTTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Replace the loss by the mean over all held-out tokens of all processes."""
+        """Replace the loss with the mean over all held-out tokens of all processes."""
         self._held_out = torch.zeros(2, dtype=torch.float64)  # the sum of the losses, and the tokens
         output: Any = super().evaluation_loop(
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -78,7 +79,7 @@ class TOSFTTrainer(TrainableOptimizerMixin, SFTTrainer):
         return output
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """In an evaluation, also add to the sums of `evaluation_loop`."""
+        """Compute the loss; in an evaluation, also add to the sums of `evaluation_loop`."""
         if self.model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum().cpu()
@@ -94,7 +95,7 @@ class TOSFTTrainer(TrainableOptimizerMixin, SFTTrainer):
 
 
 def filled_up(rows: Dataset, size: int) -> Dataset:
-    """Prepared rows, with some that have no loss at the end, so that they are a multiple of `size`."""
+    """Append rows without a loss to prepared ones, up to a multiple of `size`."""
     missing = -len(rows) % size
     if not missing:
         return rows

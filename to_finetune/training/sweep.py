@@ -1,6 +1,6 @@
-"""A sweep: one run of `finetune.py` a trial, its values from Optuna, in one folder where a stopped sweep goes on.
+"""A sweep: one run of `finetune.py` per trial, with values from Optuna, in one folder from which it can be resumed.
 
-Optuna's journal knows the trials and what came of them; the folder of each is a whole run.
+Optuna's journal holds the trials and their results; the folder of each trial is a complete run.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ try:
 except ImportError as error:
     raise UsageError('A sweep needs Optuna: pip install "to-finetune[sweep]"') from error
 
-EDGE = 0.05  # a winner nearer than this share of its range to an end may have a better one beyond it
+EDGE = 0.05  # share of a range: if the best value is this close to an end, a better one may lie beyond it
 JOURNAL = "sweep.journal"  # Optuna's, in the sweep's folder
-FAILURES = 3  # in a row, for another reason than divergence, end a sweep
+FAILURES = 3  # consecutive failures, other than divergence, that end a sweep
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ class Trial:
     """One run of a sweep that has ended.
 
     Attributes:
-        number: from 0; a run on another seed has that of the trial that it repeats.
-        values: what it was run with, beside the flags of all.
+        number: from 0; a run on another seed has the number of the trial that it repeats.
+        values: what the trial sets, in addition to the flags of all trials.
         status: "done", "diverged" (its loss was not finite), or "failed" (for another reason).
         loss: the objective; None unless it is done.
         first_fifth: the mean training loss of the first fifth of the steps.
         seconds: of training.
-        folder: of the run, in the sweep's.
-        error: why it did not end well.
+        folder: name of the run's folder, in the sweep's.
+        error: why it failed or diverged; None if it is done.
     """
 
     number: int
@@ -81,17 +81,17 @@ class Trial:
 
 @dataclass
 class Sweep:
-    """Where a sweep stands.
+    """The state of a sweep.
 
     Attributes:
-        folder: of all of it.
-        flags: of `finetune.py`, that all trials share.
-        args: the settings that they stand for.
+        folder: of the whole sweep.
+        flags: of `finetune.py`, shared by all trials.
+        args: the settings that these flags stand for.
         objective: "eval_loss", the held-out loss at the end, or without held-out data "train_loss_mean".
-        search: what is searched, as it was written: {"learning_rate": "0.0008..0.08"}.
-        planned: trials in all.
-        trials: those that have ended.
-        judged: the best one's values on the judging seeds.
+        search: the values of each searched key, as written: {"learning_rate": "0.0008..0.08"}.
+        planned: number of trials in all.
+        trials: the trials that have ended.
+        judged: runs of the best trial's values on the judging seeds.
     """
 
     folder: Path
@@ -105,7 +105,7 @@ class Sweep:
 
     @property
     def ranking(self) -> list[Trial]:
-        """The best first; those without a loss last."""
+        """The trials, best first; those without a loss last."""
         return sorted(self.trials, key=lambda t: math.inf if t.loss is None else t.loss)
 
     @property
@@ -115,11 +115,11 @@ class Sweep:
 
     @property
     def best_flags(self) -> list[str]:
-        """The flags of the best trial's run, but for its folder."""
+        """The flags of the best trial's run, except for its folder."""
         return [*self.flags, *(as_flags(self.best.values, self.args) if self.best else [])]
 
     def judgement(self) -> tuple[float | None, float | None]:
-        """Mean and standard deviation of the loss over the judging seeds; None for too few."""
+        """Return mean and standard deviation of the loss over the judging seeds; None for too few."""
         losses = [trial.loss for trial in self.judged if trial.loss is not None]
         return (
             statistics.mean(losses) if losses else None,
@@ -127,10 +127,10 @@ class Sweep:
         )
 
     def loss_at(self, factor: float) -> float | None:
-        """The loss at `factor` times the best learning rate, infinite where that diverges.
+        """Return the loss at `factor` times the best learning rate; infinite if that diverges.
 
-        Linear in the logarithm of the rate, between the two nearest trials. None where there is no trial beyond it, and
-        where trials differ in more than the rate.
+        Interpolates between the two nearest trials, linearly in the logarithm of the rate. None if there is no trial
+        beyond that rate, or if trials differ in more than the rate.
         """
         if self.best is None or list(self.search) != ["learning_rate"]:
             return None
@@ -149,9 +149,9 @@ class Sweep:
         return y0 + (y1 - y0) * math.log(rate / x0) / math.log(x1 / x0)
 
     def edges(self) -> dict[str, str | None]:
-        """The ranges that the best stands at an end of, and what to search next: as wide, around the best.
+        """Return each range whose end is near the best value, with an equally wide one around that value to try next.
 
-        None for what `finetune.py` would refuse.
+        None in place of a range that `finetune.py` would refuse.
         """
         found = dict[str, str | None]()
         for key, text in self.search.items():
@@ -174,7 +174,7 @@ class Sweep:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """For sweep.json."""
+        """Return the contents of sweep.json."""
         mean, deviation = self.judgement()
         return {
             "objective": self.objective,
@@ -201,24 +201,24 @@ def sweep(
     on_line: Callable[[str, str], None] = lambda run, line: None,
     on_trial: Callable[[Sweep], None] = lambda sweep: None,
 ) -> Sweep:
-    """Run `finetune.py` once a trial and find the values with the lowest loss; a sweep that was stopped goes on.
+    """Run `finetune.py` once per trial and find the values with the lowest loss; resumes a sweep that was stopped.
 
-    A single range is tried in an even grid, lists alone in every combination. Otherwise the first half of the trials
-    spreads over the space, and Optuna's TPE chooses the others.
+    A single range is tried on an even grid; lists alone are tried in random combinations, all of them if `trials`
+    allows. Otherwise the first half of the trials is spread over the space, and Optuna's TPE chooses the others.
 
     Args:
         flags: of `finetune.py`.
         search: ``"learning_rate=1e-3..1e-1"`` (a range, in log scale) or ``"alpha=0,0.1,0.3"`` (a list), for numbers
-            among the flags and for options of the optimizer. Without any: the learning rate, from a tenth to ten times
-            of that in `flags`.
-        trials: in all; a sweep that is done goes on when they are raised.
+            among the flags and for options of the optimizer. Default: the learning rate, from a tenth to ten times that
+            of `flags`.
+        trials: in all; a sweep that is done goes on when this is raised.
         output_dir: the sweep's folder.
-        seeds: the best is trained on each of them.
-        on_line: is told a run's name and what it has logged.
-        on_trial: is called at the start and whenever a run has ended, with sweep.json up to date.
+        seeds: the best values are trained on each of these.
+        on_line: called with a run's name and each line that it logs.
+        on_trial: called at the start and whenever a run has ended, with sweep.json up to date.
 
     Raises:
-        UsageError: for what cannot be searched or run, and for a folder that holds something else.
+        UsageError: for values that cannot be searched or run, and for a folder that holds something else.
         RunError: when no trial has a loss, or several in a row failed for another reason than divergence.
         KeyboardInterrupt: on Ctrl-C and SIGTERM, once the run has saved its checkpoint.
     """
@@ -251,10 +251,10 @@ def sweep(
             try:
                 trial = _run(made, number, values, f"trial-{number:03d}", on_line)
             except UsageError:
-                if is_new and not made.trials:  # the corrected command would be another sweep's
+                if is_new and not made.trials:  # the corrected command would count as another sweep
                     shutil.rmtree(made.folder)
                 raise
-            if trial.status != "failed":  # one that failed stays open, and the same command tries it again
+            if trial.status != "failed":  # a failed trial stays open, and the same command retries it
                 study.tell(number, math.inf if trial.loss is None else trial.loss)
             made.trials.append(trial)
             tell()
@@ -266,7 +266,7 @@ def sweep(
             raise RunError(f"None of {planned} trials has a loss; {made.trials[0].folder}: {made.trials[0].error}")
         for seed in seeds:
             values = {**best.values, "seed": seed}
-            if seed == args.seed:  # the trials' own
+            if seed == args.seed:  # the trials' own seed
                 made.judged.append(replace(best, values=values))
             else:
                 made.judged.append(_run(made, best.number, values, f"trial-{best.number:03d}-seed-{seed}", on_line))
@@ -276,7 +276,7 @@ def sweep(
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Refuses a sweep that is running: both would train in the folders of its trials."""
+    """Hold the sweep's lock, or raise if it is running already: both would train in the same folders."""
     lock = FileLock(folder / "sweep.lock")
     try:
         lock.acquire(timeout=0)
@@ -292,7 +292,7 @@ Arguments = tuple[ModelArguments, DataArguments, FinetuneArguments]
 
 
 def _parse(flags: Sequence[str]) -> Arguments:
-    """As a trial will, but without a device: this process only watches, and leaves the GPU's memory alone."""
+    """Parse the flags as a trial will, but set up no device: this process only watches, and takes no GPU memory."""
     base = parse_arguments(flags, ArgumentsElsewhere)
     if base[2].resume_from_checkpoint is not None:
         raise UsageError("resume_from_checkpoint is not taken here: the same command goes on where the sweep stopped.")
@@ -302,7 +302,7 @@ def _parse(flags: Sequence[str]) -> Arguments:
 
 
 def _settings(base: Arguments) -> dict[str, Any]:
-    """What a sweep that goes on must share with its beginning."""
+    """Return the settings that a sweep must still have when it is resumed."""
     config = resolved_config(*base)
     config.pop("output_dir", None)
     return config
@@ -336,7 +336,7 @@ def _check_values(space: Space, flags: Sequence[str], args: FinetuneArguments) -
 
 
 def _open(output_dir: str, settings: dict[str, Any], first: Sequence[dict[str, Any]]) -> optuna.Study:
-    """The study in the folder, or a new one that begins with the trials `first`.
+    """Open the study in the folder, or create one that begins with the trials `first`.
 
     Raises:
         UsageError: when the folder holds another sweep, naming what differs, or something else.
@@ -365,32 +365,32 @@ def _open(output_dir: str, settings: dict[str, Any], first: Sequence[dict[str, A
 
 
 def _next(study: optuna.Study, space: Space, made: Sweep) -> tuple[int, dict[str, Any]]:
-    """The number and the values of a trial that has begun and not ended, or of a new one."""
+    """Return the number and the values of a trial that has begun but not ended, or of a new one."""
     tried = {trial.number for trial in made.trials}
     for frozen in study.get_trials(states=(TrialState.RUNNING,)):
         if frozen.number not in tried and frozen.params.keys() == space.keys():
             return frozen.number, frozen.params
-    # Each trial has a seed of its own, so that it is the same wherever the sweep was stopped.
+    # Each trial has its own sampler seed, so that it is the same wherever the sweep was stopped.
     study.sampler = optuna.samplers.TPESampler(seed=len(study.trials), n_startup_trials=0)
     trial = study.ask(dict(space))
     return trial.number, trial.params
 
 
 def _run(made: Sweep, number: int, values: dict[str, Any], name: str, on_line: Callable[[str, str], None]) -> Trial:
-    """Train in the folder `name`; what is done there is read.
+    """Train in the folder `name`; a run that is done there is only read.
 
     Raises:
         UsageError: when `finetune.py` refuses its flags.
         KeyboardInterrupt: when this process was told to stop.
     """
     flags = [*made.flags, *as_flags(values, made.args)]
-    record = trained(made.folder / name, flags, lambda line: on_line(name, line))  # one that failed has results too
+    record = trained(made.folder / name, flags, lambda line: on_line(name, line))  # a failed run has results too
     loss = record["results"].get(made.objective) if record.get("status") == "done" else None
     return _ended(made, number, values, name, loss)
 
 
 def _ended(made: Sweep, number: int, values: dict[str, Any], name: str, loss: float | None) -> Trial:
-    """A run by its record; one that is told an infinite loss has diverged."""
+    """Return a run as a `Trial`, from its record; an infinite `loss` means that it diverged."""
     record = record_of(made.folder / name)
     results = record.get("results", {})
     error = str(record.get("error") or last_line(made.folder / name))

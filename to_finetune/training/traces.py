@@ -1,4 +1,4 @@
-"""What a run leaves for its report: its parameters, how its slopes grew, and answers before and after.
+"""Files that a run writes for its report: its parameters, the growth of its slopes, and answers before and after.
 
 Each is one small JSON file beside the record: parameters.json, slopes.json, samples.json.
 """
@@ -26,15 +26,15 @@ from to_finetune.optim.slopes import QUANTILES, SAMPLE, Slope, slopes
 from to_finetune.training.proofs import unwrapped
 from to_finetune.training.sft import TOSFTTrainer
 
-MOMENTS = 20  # at which the slopes are looked at, at most
-ROWS, NEW_TOKENS = 3, 64  # of the answers
-LONGEST_BEGINNING = 32  # tokens of a text without a prompt
+MOMENTS = 20  # slopes are recorded at this many steps at most
+ROWS, NEW_TOKENS = 3, 64  # of the sample answers
+LONGEST_BEGINNING = 32  # tokens at most that serve as the prompt of a text without one
 
 logger = logging.getLogger(__name__)
 
 
 def write_parameters(model: nn.Module, folder: Path) -> None:
-    """The number of weights of each parameter, in the model's order, and which of them train."""
+    """Write parameters.json: each parameter's number of weights, in the model's order, and which parameters train."""
     parameters = dict(model.named_parameters())
     sizes = {name: _whole_shape(p).numel() for name, p in parameters.items()}
     trained = [name for name, p in parameters.items() if p.requires_grad]
@@ -42,15 +42,15 @@ def write_parameters(model: nn.Module, folder: Path) -> None:
 
 
 def _whole_shape(p: Any) -> torch.Size:
-    """The parameter's own, where bitsandbytes has packed it or ZeRO-3 has taken it apart."""
+    """Return a parameter's full shape, even if bitsandbytes has packed it or ZeRO-3 has sharded it."""
     packed = getattr(p, "quant_state", None)
     return torch.Size(packed.shape if packed is not None else getattr(p, "ds_shape", p.shape))
 
 
 class SlopeTrace(TrainerCallback):
-    """Writes slopes.json: for each tensor how large its learned slope was at some twenty moments, and how it is spread.
+    """Writes slopes.json: the size of each tensor's learned slope at up to twenty steps, and its last distribution.
 
-    Of Diagonal and RankOne TO with an alpha above 0; for other optimizers it does nothing. All processes must have it.
+    For DiagonalTO and RankOneTO with an alpha above 0; does nothing for other optimizers. All processes must have it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -115,20 +115,20 @@ class SlopeTrace(TrainerCallback):
         write_json(self.path, found, indent=None)
 
     def _go_on(self, before: Mapping[str, Any], step: int) -> None:
-        """Keep what was seen until the step that the run is resumed from."""
+        """Keep what was recorded up to the step that the run is resumed from."""
         self.steps = [seen for seen in before["steps"] if seen <= step]
         self.sizes = {name: tensor["sizes"][: len(self.steps)] for name, tensor in before["tensors"].items()}
 
 
 def _short(x: float) -> float | None:
-    """Five digits; None for what JSON has no number for."""
+    """Round to five digits; None if not finite, which JSON cannot hold."""
     return float(f"{x:.5g}") if math.isfinite(x) else None
 
 
 class SampleAnswers:
     """Greedy answers to the first three held-out rows (or training rows), for samples.json.
 
-    None where weights are sharded or the model cannot generate; that it fails to is no reason to stop a run.
+    Takes none if weights are sharded or the model cannot generate; a failure to generate must not stop a run.
     """
 
     def __init__(self, trainer: TOSFTTrainer, folder: Path) -> None:
@@ -142,7 +142,7 @@ class SampleAnswers:
         self.rows = [{"prompt": self._text(prompt), "reference": self._cut(learned)} for prompt, learned in pairs]
 
     def take(self, when: Literal["before", "after"]) -> None:
-        """Write the model's answers as it is now; on process 0."""
+        """Write the answers of the model as it is now; on process 0 only."""
         if not self.prompts or not self.trainer.args.should_save:
             return
         try:
@@ -174,7 +174,7 @@ class SampleAnswers:
         return end_tokens(self.trainer.model, self.tokenizer)
 
     def _cut(self, tokens: list[int]) -> str:
-        """The text of the first tokens, with a sign that it was to go on."""
+        """Return the text of the first `NEW_TOKENS` tokens, and an ellipsis unless an end token is among them."""
         kept = tokens[:NEW_TOKENS]
         return self._text(kept) + ("" if set(kept) & set(self._ends()) else " …")
 
@@ -183,9 +183,9 @@ class SampleAnswers:
 
 
 def _prompts(rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[list[int], list[int]]]:
-    """The tokens before the first learned one and the learned ones after them, of prepared rows ({input_ids, labels}).
+    """Yield the tokens before the first learned one, and the learned ones after them, of each prepared row.
 
-    A text that is learned from its first token is cut after its beginning.
+    A text that is learned from its first token is split after its beginning. Rows have `input_ids` and `labels`.
     """
     for row in rows:
         tokens, learned = row["input_ids"], [label != IGNORED for label in row["labels"]]

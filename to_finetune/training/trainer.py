@@ -1,4 +1,4 @@
-"""The Trainable Optimizers on any Trainer of Hugging Face's, through one mixin."""
+"""The Trainable Optimizers in any Hugging Face Trainer, through one mixin."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ STATE_NAME = "to_state"  # folder in a checkpoint
 
 if TYPE_CHECKING:
     _Base = Trainer
-else:  # the mixin stands before a Trainer, whichever it is
+else:  # the mixin goes before any Trainer class
     _Base = object
 
 
 class TrainableOptimizerMixin(_Base):
-    """Put before a `transformers.Trainer` class: ``class MyTrainer(TrainableOptimizerMixin, Trainer)``.
+    """Mixin to put before a `transformers.Trainer` class: ``class MyTrainer(TrainableOptimizerMixin, Trainer)``.
 
     Takes arguments that are a `TrainableOptimizerArguments`. Creates the optimizer that ``optim`` names, proves that
-    it is the one that trains, logs its quantities, and saves the trained tensors alone where a part is frozen.
+    it is the one that trains, logs its quantities, and saves only the trained tensors if part of the model is frozen.
 
     Attributes:
         engagement: the proofs, filled in while training.
@@ -68,7 +68,7 @@ class TrainableOptimizerMixin(_Base):
         self.add_callback(ShortBackward())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
-        """Hugging Face's, with a TO's groups as `with_embeddings_apart` has them."""
+        """Create Hugging Face's optimizer; a TO gets the parameter groups of `with_embeddings_apart`."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if is_new and isinstance(optimizer, TrainableOptimizer):
@@ -77,7 +77,7 @@ class TrainableOptimizerMixin(_Base):
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
-        """The class that ``args.optim`` names and its keyword arguments, the TO names first."""
+        """Return the class that ``args.optim`` names and its keyword arguments; the TO names come first."""
         if isinstance(args, TrainableOptimizerArguments) and args.optim in OPTIMIZERS:
             return OPTIMIZERS[args.optim], {"lr": args.learning_rate, **args.to_options}
         return Trainer.get_optimizer_cls_and_kwargs(args, model)
@@ -105,12 +105,12 @@ class TrainableOptimizerMixin(_Base):
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """The trained weights, named as they are saved; of sharded ones on process 0 alone, and all must call it."""
+        """Return the trained weights, named as they are saved; if sharded, on process 0 only, and all must call it."""
         weights = self._whole_weights() if self.is_sharded() else None
         return trained_tensors(self.accelerator.unwrap_model(self.model), weights)
 
     def _whole_weights(self) -> dict[str, Tensor]:
-        """The trained weights by the parameters' names, on process 0."""
+        """Return the whole trained weights by the parameters' names, on process 0 only."""
         if optimizer := self._by_name():
             return whole_weights(self.model_wrapped, optimizer)
         trained = {name: p for name, p in named(self.model_wrapped).items() if p.requires_grad}
@@ -122,12 +122,12 @@ class TrainableOptimizerMixin(_Base):
         return weights
 
     def _by_name(self) -> TrainableOptimizer | None:
-        """The live optimizer, if its state is saved by the parameters' names; FullTO's and others' are not."""
+        """Return the live DiagonalTO or RankOneTO, whose state is saved by parameter names; None for any other."""
         optimizer = unwrapped(self.optimizer)
         return optimizer if isinstance(optimizer, (DiagonalTO, RankOneTO)) else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Hugging Face's; of sharded weights those that train are gathered, alone and one after the other."""
+        """Save as Hugging Face does; of sharded weights, gather only those that train, one after the other."""
         if not (self.is_sharded() and (self._by_name() or self.is_partly_frozen())):
             super().save_model(output_dir, _internal_call)
             return
@@ -152,24 +152,24 @@ class TrainableOptimizerMixin(_Base):
             torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """State by the parameters' names, which any layout reads; Hugging Face's files for other optimizers."""
+        """Save the state by the parameters' names, which any layout reads; other optimizers' as Hugging Face does."""
         optimizer = self._by_name()
         if optimizer is None:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        whole = not self.is_partly_frozen()  # whose weights no file has that all layouts read
+        whole = not self.is_partly_frozen()  # no other file has these weights as any layout reads them
         save_state(self.model_wrapped, optimizer, os.path.join(output_dir, STATE_NAME), weights=whole)
         if self.args.should_save:
             assert self.lr_scheduler is not None
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """The last that every process writes: trainer_state.json, which follows, says that all of it is there."""
+        """Save each process's last file, and wait for all: trainer_state.json, next, marks a complete checkpoint."""
         super()._save_rng_state(output_dir)
         self.args.distributed_state.wait_for_everyone()
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        """As Hugging Face does, but what is saved by name is not looked for in DeepSpeed's own files."""
+        """Prepare as Hugging Face does, but do not look in DeepSpeed's own files for state that is saved by name."""
         ours = self.is_deepspeed_enabled and os.path.isdir(os.path.join(str(resume_from_checkpoint), STATE_NAME))
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None if ours else resume_from_checkpoint)
         if self.is_deepspeed_enabled:
@@ -180,7 +180,7 @@ class TrainableOptimizerMixin(_Base):
         return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Hugging Face's; nothing where a finished run is resumed, which would take one step more."""
+        """Run an epoch as Hugging Face does, unless a finished run is resumed, which would take one more step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -222,7 +222,7 @@ class TrainableOptimizerMixin(_Base):
             super()._load_best_model()
 
     def _loads_trained(self, folder: str) -> bool:
-        """Whether the trained weights are taken from our file; shards that no TO holds from Hugging Face's."""
+        """Whether the trained weights are read from our file: if sharded, only where `_by_name` has an optimizer."""
         return holds_trained(folder) and (self._by_name() is not None or not self.is_sharded())
 
     def _load_trained(self, folder: str) -> None:
@@ -239,7 +239,7 @@ class TrainableOptimizerMixin(_Base):
             load_weights(self.model_wrapped, optimizer, {names[name]: tensor for name, tensor in tensors.items()})
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Hugging Face's card, where the folder is a whole model: it shows how to load it as one."""
+        """Write Hugging Face's card only if the folder is a whole model: it shows how to load it as one."""
         if not self.is_partly_frozen():
             super().create_model_card(*args, **kwargs)
 
@@ -250,7 +250,7 @@ class TOTrainer(TrainableOptimizerMixin, Trainer):
 
 @contextmanager
 def without_token(args: TrainingArguments) -> Iterator[None]:
-    """While they are written to a file that is handed on with the weights."""
+    """Hide the hub token while `args` are written to a file that is shared with the weights."""
     token, args.hub_token = args.hub_token, None
     try:
         yield
@@ -259,7 +259,7 @@ def without_token(args: TrainingArguments) -> Iterator[None]:
 
 
 def whole_parameter(p: Tensor) -> Tensor:
-    """All of a parameter that FSDP2 or ZeRO-3 has taken apart; all processes must call it."""
+    """Return all of a parameter that FSDP2 or ZeRO-3 may have sharded; all processes must call it."""
     if isinstance(p, DTensor):
         return p.full_tensor().detach()
     if hasattr(p, "ds_id"):

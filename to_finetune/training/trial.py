@@ -20,11 +20,11 @@ from to_finetune.signals import on_stop
 
 
 def trained(folder: Path, flags: Sequence[str], on_line: Callable[[str], None]) -> Mapping[str, Any]:
-    """Train in `folder`, from its last checkpoint if it has one; what is done there is not done again.
+    """Train in `folder`, from its last checkpoint if it has one; a run that is done is not repeated.
 
     Args:
-        flags: of `finetune.py`, but the folder.
-        on_line: gets a line for each that the terminal would show of the run.
+        flags: of `finetune.py`, without the folder.
+        on_line: called when the run starts and with each line that it logs.
 
     Returns:
         The run's record, which may say that it failed.
@@ -50,21 +50,21 @@ def trained(folder: Path, flags: Sequence[str], on_line: Callable[[str], None]) 
 
 
 def record_of(folder: Path) -> Mapping[str, Any]:
-    """The run.json of a run, or nothing."""
+    """Return the run.json of a run, or an empty mapping."""
     return read(folder / RECORD, mapping) or {}
 
 
 def last_line(folder: Path) -> str:
-    """Of a run's log: what it ended with."""
+    """Return the last line of a run's log that is not blank."""
     log = folder / "log.txt"
     lines = log.read_text(encoding="utf-8").split("\n") if log.is_file() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "its folder has no log.txt")
 
 
 def finetune(words: Sequence[str], log: Path, on_line: Callable[[str], None]) -> int:
-    """Run `finetune.py`, its output in `log`; returns its exit code.
+    """Run `finetune.py` with its output in `log`, and return its exit code.
 
-    With several GPUs it is `to-finetune train`, which uses all of them.
+    With several GPUs, runs `to-finetune train` instead, which uses all of them.
 
     Raises:
         KeyboardInterrupt: when this process got Ctrl-C or SIGTERM, which it passes on, once the run has ended.
@@ -97,7 +97,7 @@ def finetune(words: Sequence[str], log: Path, on_line: Callable[[str], None]) ->
 
 @contextmanager
 def _signals_passed_on(group: int) -> Iterator[list[int]]:
-    """Passes Ctrl-C and SIGTERM on to a group of processes; yields those that came."""
+    """Pass Ctrl-C and SIGTERM on to a process group; yield the list of those received."""
     received = list[int]()
 
     def pass_on(number: int, frame: Any) -> None:

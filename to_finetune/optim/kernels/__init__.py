@@ -1,1 +1,1 @@
-"""Faster twins of the update rules, each checked against `to_finetune.optim.rules`."""
+"""Faster versions of the update rules, each tested against `to_finetune.optim.rules`."""

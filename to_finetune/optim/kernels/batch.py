@@ -1,7 +1,7 @@
-"""What the fused kernels work on: the tensors of a step as rows of arrays.
+"""Data of the fused kernels: the tensors of a step as rows of arrays.
 
-The kernels of a step read everything from three arrays with a row a tensor: `table` (addresses, sizes, keys; int64),
-`scalars` (float32) and the sums that they return (float64). The constants below are their columns. Those of factored
+The kernels of a step work on three arrays with one row per tensor: `table` (addresses, sizes, keys; int64), `scalars`
+(float32) and the sums that they return (float64). The constants below are their columns. The kernels of factored
 gradients have a table of `Piece`s.
 """
 
@@ -24,7 +24,7 @@ from to_finetune.optim.state import exponents_name, state_key
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 VARIANTS = {"diagonal": 0, "rank_one": 1}
-STATES = 3  # columns of the table for state, more than Diagonal needs
+STATES = 3  # columns of the table for state; Diagonal needs fewer
 GRADIENT, NUMEL, KEY = 1, 8, 10
 LR, DECAY, WEIGHT_DECAY, FACTOR, BETA, KEEP, OWN, SCALARS = 0, 1, 2, 3, 4, 5, 6, 10
 
@@ -34,15 +34,15 @@ class Batch(Part):
     """Members of one group, one device and one set of formats, stepped by one launch.
 
     Attributes:
-        formats: numbers of the variant and of the formats of weights, gradients and state, as the kernels know them.
-        names: of the state.
+        formats: the kernels' codes for the variant and for the formats of weights, gradients and state.
+        names: the names of the state.
         places: the addresses of weights, state and exponents.
         grads: the members' gradients, contiguous.
         aligned: whether all addresses are multiples of 16.
-        state_versions: autograd's counts of the changes of the state whose sums are carried; a step adds none.
+        state_versions: autograd's version counters of the state whose sums are carried; a step does not change them.
         table: (members, 11) int64 on the kernels' device.
-        held: the sums over weights and state that the last step left and that still hold, (members, 8) float64.
-        taken: the members' numbers of steps, where they are known to be one tensor.
+        held: the last step's sums over weights and state, if still valid, (members, 8) float64.
+        taken: the members' step counts, if known to be one tensor.
     """
 
     kernels: ModuleType = field(kw_only=True)
@@ -80,13 +80,13 @@ class Batch(Part):
         self._rows = torch.tensor(columns).t().contiguous()
 
     def take_gradients(self) -> None:
-        """Look where the members' gradients lie, and forget what was summed up with others."""
+        """Look up the addresses of the members' gradients, and drop all sums over earlier ones."""
         self.grads = [member.grad.contiguous() for member in self.members]
         addresses = [grad.data_ptr() for grad in self.grads]
         self._rows[:, GRADIENT] = torch.tensor(addresses)
         if self.rounds and may_read(self.group, self.steps):
             counts = set(self.steps.tolist())
-            count = int(counts.pop()) if len(counts) == 1 else self.steps.long()  # of a number it takes less time
+            count = int(counts.pop()) if len(counts) == 1 else self.steps.long()  # faster with a single number
             self._rows[:, KEY] = state_key(self.group["seed"], count, self._positions)
         self.aligned = reduce(operator.or_, addresses, self._alignment) % 16 == 0
         self.table = to_device(self._rows, self.device)
@@ -94,12 +94,12 @@ class Batch(Part):
         self.state_versions = [x._version for x in self._summed_state]
 
     def is_in_place(self) -> bool:
-        """Whether weights and state lie where they lay when this was made."""
+        """Whether weights and state are still at the addresses that they had when this was made."""
         same = self._find() == self.places and tuple(p.numel() for p in self.params) == self.numbers
         return same and all(p.is_contiguous() for p in self.params)
 
     def _find(self) -> list[list[int]]:
-        """The addresses of weights, state and exponents."""
+        """Return the addresses of weights, state and exponents."""
         is_int8 = self.formats[3] == FORMATS[torch.int8]
         names = [*self.names, *map(exponents_name, self.names if is_int8 else ())]
         return [[p.data_ptr() for p in self.params], *([state[x].data_ptr() for state in self.states] for x in names)]
@@ -110,7 +110,7 @@ class Batch(Part):
 
     @property
     def steps(self) -> Tensor:
-        """How many each member has taken, (members,)."""
+        """The number of steps that each member has taken, (members,)."""
         return as_vector(self.states, "step") if self.taken is None else self.taken
 
     @property
@@ -119,7 +119,7 @@ class Batch(Part):
         return any(self.formats[k] != FORMATS[torch.float32] for k in (1, 3))
 
     def set_keys(self, steps: Tensor) -> None:
-        """Of the random bits, from counts on the kernels' device; counts on the host are in the table already."""
+        """Set the random bits' keys from step counts on the device; the table already has those of host counts."""
         self.table[:, KEY] = state_key(self.group["seed"], steps.long(), to_device(self._positions, self.device))
 
     @cached_property
@@ -129,7 +129,7 @@ class Batch(Part):
 
     @cached_property
     def numbers(self) -> tuple[int, ...]:
-        """Of the weights of this process."""
+        """The members' numbers of weights on this process."""
         return tuple(p.numel() for p in self.params)
 
     @cached_property
@@ -138,7 +138,7 @@ class Batch(Part):
 
     @cached_property
     def _summed_state(self) -> list[Tensor]:
-        """That of which a step leaves sums for the next, as it does of the weights: RankOne's."""
+        """The state over which a step leaves sums for the next, as it does over the weights: RankOne's."""
         return [state[name] for state in self.states for name in self.names] if self.is_rank_one else []
 
     @cached_property
@@ -151,29 +151,29 @@ class Batch(Part):
 
     @property
     def measures_itself(self) -> bool:
-        """Whether the kernels take both passes in one call, since no sum concerns more than one tensor."""
+        """Whether the kernels do both passes in one call, since no sum spans more than one tensor."""
         return not (self.shards or self.may_skip or is_group_wide(self.variant, self.group))
 
     @cached_property
     def may_carry(self) -> bool:
-        """Whether a change of the weights from outside would be seen. DeepSpeed writes its partitions through .data."""
+        """Whether an outside change of the weights is noticed; DeepSpeed writes its partitions through ``.data``."""
         return all(member.p is local(member.owner) for member in self.members)
 
     def constants(self) -> Tensor:
-        """(members, 10) float32: of the scalars those that `reduce` needs."""
+        """Return the scalars that `reduce` needs, (members, 10) float32."""
         return rows([0.0, 0.0, *signed_decay_and_sign(self.group), *[0.0] * (SCALARS - 4)], self)
 
 
 class Carried:
-    """The sums over a batch's weights and state as its last step left them, and how to know that they still hold.
+    """The sums over a batch's weights and state after its last step, and a check that they are still valid.
 
-    A change behind autograd's back (through ``.data``) is not seen; it is in the sums one step later.
+    A change that autograd does not see (through ``.data``) goes unnoticed; it is in the sums one step later.
     """
 
     def __init__(self, batch: Batch, sums: Tensor) -> None:
         self.sums = sums
         self._params, self._places, self._numbers = batch.params, batch.places, batch.numbers
-        self._states = batch.states  # alive, so that no others take their addresses
+        self._states = batch.states  # kept alive, so that no others take their addresses
         self._versions = [p._version for p in self._params], batch.state_versions
 
     def holds_for(self, batch: Batch) -> bool:
@@ -202,18 +202,18 @@ def make_batch(
 
 
 def signed_decay_and_sign(group: Mapping[str, Any]) -> tuple[float, float]:
-    """The rule sees the gradient ``(g + decay w) sign``."""
+    """Return decay and sign of the gradient that the rule sees, ``(g + decay w) sign``."""
     sign = -1.0 if group["maximize"] else 1.0
     return (0.0 if group["decoupled_weight_decay"] else sign * group["weight_decay"]), sign
 
 
 def rows(row: Sequence[float], batch: Batch) -> Tensor:
-    """The same scalars for all tensors."""
+    """Repeat a row of scalars for all members, on the batch's device."""
     return to_device(torch.tensor(row).expand(len(batch.members), SCALARS).contiguous(), batch.device)
 
 
 def as_vector(states: Sequence[dict[str, Tensor]], name: str) -> Tensor:
-    """The 0-dim state of this name as one vector: the one that they are the elements of, if they are, or a new one."""
+    """Return the 0-dim states of this name as one vector: the one that they are views of, if any, or a new one."""
     numbers = [state[name] for state in states]
     base = numbers[0]._base
     whole = base is not None and base.shape == (len(numbers),)
@@ -223,7 +223,7 @@ def as_vector(states: Sequence[dict[str, Tensor]], name: str) -> Tensor:
 
 
 def may_read(group: Mapping[str, Any], count: Tensor) -> bool:
-    """Whether a count of steps may be read on the host without waiting for a device or breaking a graph."""
+    """Whether a step count may be read on the host without waiting for a device or breaking a graph."""
     return count.device.type == "cpu" and not group["capturable"]
 
 
@@ -233,8 +233,8 @@ class Piece:
 
     Attributes:
         grad: (rows, ...).
-        row, column: where its first row and its first column stand in the vector of all rows and columns.
-        turn: its number among the pieces of its run: those of one turn share no column. No two pieces share a row.
+        row, column: the positions of its first row and first column in the vector of all rows and columns.
+        turn: its index among the pieces of its run: pieces of equal turn share no column. No two pieces share a row.
     """
 
     grad: Tensor
@@ -253,10 +253,10 @@ class Piece:
 
 @dataclass(eq=False)
 class Pieces:
-    """What the kernels of factored gradients take in one call: pieces of one format on one device.
+    """The input of one call of the kernels of factored gradients: pieces of one format on one device.
 
     Attributes:
-        table: (pieces, 5) int64 on the host: address, rows, columns, and the places of the first ones.
+        table: (pieces, 5) int64 on the host: address, rows, columns, row, column (see `Piece`).
         aligned: whether all rows begin at multiples of 16 bytes.
     """
 
@@ -269,7 +269,7 @@ class Pieces:
         self.take_gradients()
 
     def take_gradients(self) -> None:
-        """Look where the pieces' gradients lie."""
+        """Look up the addresses of the pieces' gradients."""
         addresses = [piece.grad.data_ptr() for piece in self.pieces]
         self.table[:, 0] = torch.tensor(addresses)
         self.aligned = self._rows_align and all(address % 16 == 0 for address in addresses)
@@ -280,5 +280,5 @@ class Pieces:
 
     @cached_property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """Rows and columns of each."""
+        """The numbers of rows and columns of each piece."""
         return tuple((piece.rows, piece.columns) for piece in self.pieces)

@@ -1,7 +1,7 @@
 // Trainable Optimizer steps on the CPU: every tensor of a batch in one call, every number read and written once.
 //
-// The twin of ../rules.py, to the bit: float32 in the same order of operations (compile without contraction), sums over
-// a block in float64, which makes them independent of the order of summation, storage as in ../state.py.
+// Bit-identical to ../rules.py: float32 operations in the same order (compile without contraction), sums over a block
+// in float64, which makes them independent of the order of summation, and storage as in ../state.py.
 // The layout of Tensor, Scalars, Sums and Piece is that of batch.py.
 
 #include <algorithm>
@@ -22,9 +22,9 @@ namespace {
 
 constexpr float SMALLEST_DIVISOR = 1e-30f;  // as in rules.py
 constexpr double SMALLEST_SQUARE = 1e-8;    // as in factored.py
-constexpr int64_t COLUMNS_HELD = 1 << 20;   // sums of columns, 8 bytes each, that wait to be added up
+constexpr int64_t COLUMNS_HELD = 1 << 20;   // column sums, 8 bytes each, held until they are added up
 constexpr int64_t CHUNK = 1 << 17;          // weights that a thread takes at a time
-constexpr int64_t SMALL = 1 << 18;          // a tensor of at most this many stays in the cache between two passes
+constexpr int64_t SMALL = 1 << 18;          // a tensor of at most so many stays in the cache between two passes
 constexpr int TILE = 2048;                  // weights that stay in the cache between two loops over them
 constexpr int BLOCK = 32;                   // weights that share an exponent in int8 state
 
@@ -56,7 +56,7 @@ struct Batch {
   int states() const { return variant == DIAGONAL ? 2 : 3; }
 };
 
-// ---- Storage: float32, bfloat16 rounded at random, int8 blocks rounded at random -----------------------------------
+// ---- Storage: float32, and bfloat16 and int8 blocks with stochastic rounding ---------------------------------------
 
 inline float as_float(uint32_t bits) {
   float x;
@@ -76,7 +76,7 @@ inline uint32_t mix(uint32_t x) {
   return x ^ (x >> 16);
 }
 
-// 16 random bits for each stored tensor, from the 32 of a weight: stream 0 the weight, then the state in order.
+// 16 of a weight's 32 random bits for each stored tensor: stream 0 is the weight, the others its state in order.
 template <int stream>
 inline uint32_t random16(uint32_t hash) {
   constexpr uint32_t multiplier[] = {1u, 1u, 0x9e3779b1u, 0x85ebca77u};
@@ -86,7 +86,7 @@ inline uint32_t random16(uint32_t hash) {
 inline float get(float x) { return x; }
 inline float get(bfloat16 x) { return as_float(uint32_t(x) << 16); }
 
-// NaN stays NaN where random bits could overflow into the sign: not for those that came from bfloat16.
+// any_nan: leave NaN as it is, since random bits could overflow into its sign; in NaN from bfloat16 they cannot.
 template <bool any_nan>
 inline uint32_t rounded(float x, uint32_t random) {
   uint32_t bits = as_bits(x);
@@ -272,7 +272,7 @@ void for_tiles(int64_t low, int64_t high, Tile tile) {
   for (int64_t i = low; i < high; i += TILE) tile(i, int(std::min<int64_t>(TILE, high - i)));
 }
 
-// Weights or gradients as float32: where they are, or converted into buffer.
+// Weights or gradients as float32: in place, or converted into buffer.
 const float* floats(Format format, const void* x, int64_t i, int n, float* buffer) {
   if (format == FLOAT32) return static_cast<const float*>(x) + i;
   const bfloat16* halves = static_cast<const bfloat16*>(x) + i;
@@ -301,7 +301,7 @@ void with_types(const Batch& batch, const Tensor& t, int64_t i, F f) {
     with_gradient(static_cast<bfloat16*>(t.w) + i);
 }
 
-// Calls f with typed pointers to the state; int8 codes come decoded.
+// Calls f with typed pointers to the state; int8 codes are decoded.
 template <class F>
 void with_state(const Batch& batch, const Tensor& t, int64_t i, int n, F f) {
   if (batch.state == FLOAT32) {
@@ -350,7 +350,7 @@ inline double4 widen(float4 x) {
 #endif
 }
 
-// sum + x y. Products of widened float32 are exact, so that it does not matter whether they are rounded before.
+// sum + x y. Products of widened float32 are exact, so it does not matter whether they are rounded before the sum.
 inline double4 plus_product(double4 sum, double4 x, double4 y) {
 #ifdef __FMA__
   return (double4)_mm256_fmadd_pd((__m256d)x, (__m256d)y, (__m256d)sum);
@@ -361,7 +361,7 @@ inline double4 plus_product(double4 sum, double4 x, double4 y) {
 
 inline double total(double4 x) { return (x[0] + x[1]) + (x[2] + x[3]); }
 
-// Eight neighbours, in any order that is the same for all tensors of one type.
+// Loads eight consecutive numbers, in an order that is the same for all tensors of one type.
 inline void eight(const float* x, float4& p, float4& q) {
   std::memcpy(&p, x, sizeof p);
   std::memcpy(&q, x + 4, sizeof q);
@@ -374,8 +374,8 @@ inline void eight(const bfloat16* x, float4& p, float4& q) {
   q = (float4)(pairs & int32_t(0xffff0000u));
 }
 
-// GG, PEAK and, unless u is null, UG. Four places of g and u at a time: a single stream of reads reaches half of the
-// memory's speed.
+// Adds GG, PEAK and, if with_u, UG. Reads g and u at four places at a time: a single stream of reads reaches half of
+// the memory's bandwidth.
 template <bool with_u, class T>
 void add_gradient_products(const T* g, const T* u, float factor, int64_t n, double* sums) {
   const int64_t m = n / 32 * 8;
@@ -411,7 +411,7 @@ void add_gradient_products(const T* g, const T* u, float factor, int64_t n, doub
   sums[PEAK] = std::max(sums[PEAK], double(as_float(uint32_t(top))));
 }
 
-// WW of Diagonal.
+// Adds WW of Diagonal.
 template <class T>
 void add_squares(const T* w, int64_t n, double* sums) {
   double4 ww[4] = {};
@@ -429,7 +429,7 @@ void add_squares(const T* w, int64_t n, double* sums) {
   sums[WW] += found;
 }
 
-// WW, VW, UU and UB of RankOne.
+// Adds WW, VW, UU and UB of RankOne.
 template <class T>
 void add_products(const T* w, const T* u, const T* v, const T* b, int n, double* sums) {
   double4 ww[2] = {}, vw[2] = {}, uu[2] = {}, ub[2] = {};
@@ -463,7 +463,7 @@ void add_products(const T* w, const T* u, const T* v, const T* b, int n, double*
   sums[UB] += found[3];
 }
 
-// The sums over weights and state as they are stored: after a step the same bits as before the next one.
+// Adds the sums over weights and state as stored: those after a step are, to the bit, those before the next one.
 void add_weight_sums(const Batch& batch, const Tensor& t, int64_t i, int64_t n, double* sums) {
   if (batch.variant == DIAGONAL) return with_types(batch, t, i, [&](auto* w, auto*) { add_squares(w, n, sums); });
   for_tiles(i, i + n, [&](int64_t i, int n) {
@@ -477,7 +477,7 @@ void add_weight_sums(const Batch& batch, const Tensor& t, int64_t i, int64_t n, 
   });
 }
 
-// The sums over the gradient, with the coupled weight decay in it.
+// Adds the sums over the gradient, including coupled weight decay.
 void add_gradient_sums(const Batch& batch, const Tensor& t, const Scalars& scalars, int64_t i, int64_t n,
                        double* sums) {
   const bool rank_one = batch.variant == RANK_ONE;
@@ -488,7 +488,7 @@ void add_gradient_sums(const Batch& batch, const Tensor& t, const Scalars& scala
     else
       add_gradient_products<false>(g, u, scalars.factor, n, sums);
   };
-  // As it lies in memory, unless decay or another format of u is in the way.
+  // Directly from memory, unless weight decay or another format of u prevents it.
   if (decay == 0 && (!rank_one || batch.state == batch.gradient))
     return with_types(batch, t, i, [&](auto*, auto* g) {
       using T = decltype(g);
@@ -508,8 +508,8 @@ void add_gradient_sums(const Batch& batch, const Tensor& t, const Scalars& scala
 
 // ---- All tensors, over the threads -----------------------------------------------------------------------------------
 
-// OpenMP's entry point, of the library that torch has loaded: its threads are there already, and wait for work in a
-// loop that would slow down any others.
+// Entry point of the OpenMP library that torch has loaded: its threads exist already, and wait for work in a busy loop
+// that would slow down any others.
 using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 Parallel openmp = nullptr;
 
@@ -523,11 +523,11 @@ void run_on(int threads, Work& work) {
   for (auto& thread : others) thread.join();
 }
 
-enum Which { IN_CHUNKS, SMALL_WHOLE };  // all tensors, in chunks; the small ones alone, each as one chunk
+enum Which { IN_CHUNKS, SMALL_WHOLE };  // all tensors, in chunks; only the small ones, each as one chunk
 
-// Calls work(tensor's index, begin, end, sums of these weights); a thread takes the next chunk when it is free, and
-// the chunks' sums are added up in order, so that they do not depend on the threads. A second pass goes backwards: it
-// begins with what the first has left in the cache.
+// Calls work(tensor's index, begin, end, sums of these weights). A thread takes the next chunk when it is free; the
+// chunks' sums are added up in order, so they do not depend on the threads. A second pass goes backwards, to begin with
+// what the first has left in the cache.
 template <class Work>
 void over_chunks(Which which, bool backwards, int64_t count, const Tensor* tensors, Sums* sums, int threads,
                  Work work) {
@@ -577,7 +577,7 @@ void step_chunk(const Batch& batch, const Tensor& t, const Scalars& scalars, int
   });
 }
 
-// From a block's sums to the scalars of its step: rules.rms_factor, relative and rank_one_scalars.
+// Computes the scalars of a block's step from its sums: rules.rms_factor, relative and rank_one_scalars.
 void finish(const Batch& batch, bool rms, bool relative, int64_t numel, double* found, Scalars& s) {
   auto positive = [](auto x) { return x < SMALLEST_DIVISOR ? decltype(x)(SMALLEST_DIVISOR) : x; };
   if (rms) {
@@ -604,9 +604,9 @@ void finish(const Batch& batch, bool rms, bool relative, int64_t numel, double* 
   s.own[3] = alpha * c;
 }
 
-// ---- Rows and columns of gradients that weigh alike: factored.py ------------------------------------------------------
+// ---- Rows and columns of gradients brought to the same scale: factored.py -------------------------------------------
 
-// Rows of a gradient, or a part of one; row, column: of its first element, among the rows and columns of all matrices.
+// Rows of a gradient, or part of one row; row, column: its first element's, among the rows and columns of all matrices.
 struct Piece {
   void* g;
   int64_t rows, columns, row, column;
@@ -618,7 +618,7 @@ struct Rows {
 };
 
 int64_t rows_of_chunk(const Piece& p) {
-  const int64_t few = (p.rows * p.columns + COLUMNS_HELD - 1) / COLUMNS_HELD;  // chunks of that many rows hold no more
+  const int64_t few = (p.rows * p.columns + COLUMNS_HELD - 1) / COLUMNS_HELD;  // bounds the column sums held
   return std::max({int64_t(1), 4 * CHUNK / std::max<int64_t>(1, p.columns), few});
 }
 
@@ -694,8 +694,8 @@ void add_squares(Format format, const Rows& chunk, double* of_rows, double* of_c
                     : add_squares_of<bfloat16>(chunk, of_rows, of_columns);
 }
 
-// Pieces' squares, added to those of their rows and columns; the chunks' columns in order, whatever the threads. So many
-// pieces at a time that what the chunks hold of the columns stays small.
+// Adds the pieces' squares to the sums of their rows and columns; the chunks' column sums in order, whatever the
+// threads, and for so many pieces at a time that the column sums held stay small.
 void add_all_squares(Format format, int64_t count, const Piece* pieces, double* sums, int threads) {
   for (int64_t end, begin = 0; begin < count; begin = end) {
     int64_t held = 0;
@@ -714,7 +714,7 @@ void add_all_squares(Format format, int64_t count, const Piece* pieces, double* 
   }
 }
 
-// Rounded to the gradient's format, to the nearest, ties to even; NaN that comes from bfloat16 stays NaN.
+// Rounds to the nearest number of the gradient's format, ties to even; NaN that comes from bfloat16 stays NaN.
 template <class T>
 inline float nearest(float x) {
   if constexpr (sizeof(T) == 4) return x;
@@ -748,7 +748,7 @@ void scale_all(Format format, int64_t count, const Piece* pieces, const float* f
   });
 }
 
-// From the sums of squares of a matrix's rows, or of its columns, to their factors: factored._factors_.
+// Computes the factors of a matrix's rows, or columns, from their sums of squares: factored._factors_.
 template <class T>
 void factors_of(const double* squares, int64_t n, float* factors) {
   double4 four = {};
@@ -780,7 +780,7 @@ extern "C" {
 
 void use_openmp(void* parallel) { openmp = reinterpret_cast<Parallel>(parallel); }
 
-// Sums over the gradients (GG, PEAK, UG) and, if asked for, over weights and state (WW, VW, UU, UB).
+// Sums over the gradients (GG, PEAK, UG) and, with `weights`, over weights and state (WW, VW, UU, UB).
 void reduce(int32_t variant, int32_t weight, int32_t gradient, int32_t state, int64_t count, const Tensor* tensors,
             const Scalars* scalars, Sums* sums, int32_t weights, int32_t threads) {
   const Batch batch{Variant(variant), Format(weight), Format(gradient), Format(state)};
@@ -789,7 +789,7 @@ void reduce(int32_t variant, int32_t weight, int32_t gradient, int32_t state, in
   });
 }
 
-// One step of every tensor. Sums: ERROR, GG as the rule saw it and, if asked for, those over the new weights and state.
+// One step of every tensor. Sums: ERROR, GG as the rule saw it and, with `weights`, those over new weights and state.
 void update(int32_t variant, int32_t weight, int32_t gradient, int32_t state, int64_t count, const Tensor* tensors,
             const Scalars* scalars, Sums* sums, int32_t weights, int32_t threads) {
   const Batch batch{Variant(variant), Format(weight), Format(gradient), Format(state)};
@@ -808,7 +808,7 @@ void scale_rows_and_columns(int32_t format, int64_t count, const Piece* pieces, 
   scale_all(Format(format), count, pieces, factors, threads);
 }
 
-// Both of whole matrices, one after the other, so that a small one is read from memory once and by one thread.
+// Does both for whole matrices, one after the other, so that a small one is read from memory once, by one thread.
 void equalize(int32_t format, int64_t count, const Piece* matrices, int32_t threads) {
   const Format kind = Format(format);
   auto is_small = [](const Piece& matrix) { return matrix.rows * matrix.columns <= SMALL; };
@@ -834,9 +834,9 @@ void equalize(int32_t format, int64_t count, const Piece* matrices, int32_t thre
   }
 }
 
-// Both passes where each tensor is a block of its own, tensor by tensor: what the cache holds of it is read once. Small
-// ones go to one thread each, the others to all. `held` are the sums over weights and state that the last step has left,
-// or null; PEAK is that of the scaled gradient.
+// Does both passes tensor by tensor, each a block of its own, so that what stays in the cache is read from memory once.
+// Small tensors go to one thread each, the others to all threads. `held`: the last step's sums over weights and state,
+// or null. PEAK is that of the scaled gradient.
 void measure_and_update(int32_t variant, int32_t weight, int32_t gradient, int32_t state, int64_t count,
                         const Tensor* tensors, Scalars* scalars, Sums* sums, int32_t weights, int32_t threads,
                         const Sums* held, int32_t rms, int32_t relative) {

@@ -1,4 +1,4 @@
-"""The fused path on CPUs: compiles `cpu.cpp` on first use (a few seconds), keeps it for the user's later runs."""
+"""The fused path on CPUs: compiles `cpu.cpp` on first use (a few seconds) and caches it for the user's later runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from to_finetune.optim.kernels.batch import Batch, Pieces
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-# No contraction of a * b + c into one rounding: the results are those of the rules, to the bit.
+# No contraction of a * b + c into one rounding: the results must equal those of the rules bit for bit.
 FLAGS = (
     *("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"),
     *("-shared", "-fPIC", "-pthread", "-w"),
@@ -29,39 +29,39 @@ FLAGS = (
 
 
 class CompilerError(RuntimeError):
-    """There is no C++ compiler, or it does not take the source."""
+    """There is no C++ compiler, or it cannot build the kernels."""
 
 
 def reduce(batch: Batch, weights: bool) -> Tensor:
-    """The sums over gradients and, with `weights`, over weights and state: (tensors, 8) float64."""
+    """Return the sums over gradients and, with `weights`, over weights and state: (tensors, 8) float64."""
     return _call("reduce", batch, batch.constants(), weights)
 
 
 def update(batch: Batch, scalars: Tensor, weights: bool, skip: Tensor | None) -> Tensor:
-    """One step in place, unless `skip`; returns sums as `reduce` does, with `weights` those of the new ones."""
+    """Take one step in place, unless `skip`; return sums as `reduce` does, with `weights` over the new ones."""
     if skip is not None and skip:
         return torch.zeros(len(batch.params), 8, dtype=torch.float64)
     return _call("update", batch, scalars, weights)
 
 
 def measure_and_update(batch: Batch, scalars: Tensor, weights: bool, held: Tensor | None) -> Tensor:
-    """Both passes of a batch whose blocks are its tensors, so that small ones are read from memory once."""
+    """Do both passes of a batch in which each tensor is a block, so that small ones are read from memory once."""
     flags = int(batch.group["grad_scale"] is not None), int(batch.group["relative_alpha"])
     return _call("measure_and_update", batch, scalars, weights, _address(held), *flags)
 
 
 def add_squares(pieces: Pieces, sums: Tensor) -> None:
-    """Add to `sums`, float64, the squares of the rows and columns of contiguous pieces of one format."""
+    """Add the squares of contiguous pieces of one format to the `sums`, float64, of their rows and columns."""
     _call_on_pieces("add_row_and_column_squares", pieces, sums)
 
 
 def scale(pieces: Pieces, factors: Tensor) -> None:
-    """Multiply each element by its row's and its column's factor, in place, rounded after each."""
+    """Multiply each element by its row's and its column's factor, in place, rounding after each."""
     _call_on_pieces("scale_rows_and_columns", pieces, factors.float())
 
 
 def equalize(matrices: Pieces) -> None:
-    """All of `factored.equalize_`, in place, for whole contiguous matrices of one format."""
+    """Do all of `factored.equalize_`, in place, for whole contiguous matrices of one format."""
     _call_on_pieces("equalize", matrices)
 
 
@@ -85,10 +85,10 @@ def _address(x: Tensor | None) -> ctypes.c_void_p:
 
 @cache
 def library() -> ctypes.CDLL:
-    """The compiled kernels.
+    """Return the compiled kernels.
 
     Raises:
-        CompilerError: where they cannot be compiled.
+        CompilerError: if they cannot be compiled.
     """
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if compiler is None:
@@ -96,7 +96,7 @@ def library() -> ctypes.CDLL:
     path = _compiled(compiler)
     try:
         kernels = ctypes.CDLL(str(path))
-    except OSError:  # damaged, or of a machine with other libraries that shares this cache
+    except OSError:  # damaged, or built by a machine with other libraries that shares this cache
         path.unlink(missing_ok=True)
         try:
             kernels = ctypes.CDLL(str(_compiled(compiler)))
@@ -107,7 +107,7 @@ def library() -> ctypes.CDLL:
 
 
 def _openmp() -> ctypes.c_void_p | None:
-    """The function by which GCC's programs enter the OpenMP library that torch has loaded; None where there is none."""
+    """Return GCC's entry point of the OpenMP library that torch has loaded; None if there is none."""
     try:
         mapped = Path("/proc/self/maps").read_text()
     except OSError:
@@ -122,7 +122,7 @@ def _openmp() -> ctypes.c_void_p | None:
 
 
 def _compiled(compiler: str) -> Path:
-    """The shared library: from the user's cache, or compiled into it, or where it is not writable into a new folder."""
+    """Return the library, compiled if need be, in the user's cache or, if that is not writable, in a new folder."""
     about = [SOURCE.read_text(encoding="utf-8"), compiler, *FLAGS, _processor()]
     name = f"cpu-{hashlib.sha256(chr(0).join(about).encode()).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "to_finetune"
@@ -153,7 +153,7 @@ def _compiled(compiler: str) -> Path:
 
 
 def _processor() -> str:
-    """What -march=native depends on, for caches that several machines share."""
+    """Describe what -march=native depends on, for caches that several machines share."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Diagonal TO with torch's multi-tensor operations: a few launches for all tensors, one temporary an operation."""
+"""Diagonal TO with torch's multi-tensor operations: a few launches for all tensors, one temporary per operation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def diagonal(
     gamma_max: float | None,
     mean_squares: list[Tensor] | None,
 ) -> tuple[Tensors, Tensors, Tensors, Tensors]:
-    """`rules.diagonal` on lists of tensors of one device and dtype, and the decoupled decay: new w, a, b and G.
+    """Apply `rules.diagonal` and decoupled decay to lists of tensors of one device and dtype; return new w, a, b, G.
 
     mean_squares: with `relative_alpha`, the mean of w^2 over the block of each tensor.
     """

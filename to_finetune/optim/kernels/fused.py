@@ -1,9 +1,9 @@
 """The fused path: all tensors of a group in one call that reads and writes every number once.
 
-A step has at most two passes over memory, each one launch for all tensors. The first (`reduce`) takes the sums that a
-block needs before it can move, over the new gradient alone: those over weights and state were accumulated while the
-previous step wrote them. Then a few operations on one number a tensor, as `rules` has them; then the second pass
-(`update`) moves weights and state. Nothing waits for a device.
+A step makes at most two passes over memory, each one launch for all tensors. The first (`reduce`) computes the sums
+that a block needs before it can move, over the new gradient alone: those over weights and state were accumulated while
+the previous step wrote them. A few operations on one number per tensor follow, as in `rules`; then the second pass
+(`update`) updates weights and state. Nothing waits for a device.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from to_finetune.optim.sharding import Member
 
 @cache
 def kernels_for(device_type: str) -> ModuleType | None:
-    """The kernels of a kind of device, or None; where there could be some, one warning says what is missing."""
+    """Return the kernels for a type of device, or None; if they fail to load, warn once what is missing."""
     try:
         if device_type == "cpu":
             from to_finetune.optim.kernels import cpu
@@ -66,7 +66,7 @@ def may_fuse(group: Mapping[str, Any]) -> bool:
 def split(
     variant: str, group: Mapping[str, Any], members: list[Member], names: Sequence[str], may_skip: bool
 ) -> tuple[list[Batch], list[Member]]:
-    """The members whose device, layout and formats the kernels know, in batches of the same, and the others."""
+    """Return batches of members whose device, layout and formats the kernels support, and the other members."""
     alike: dict[Any, tuple[ModuleType | None, list[Member]]] = {}
     others = []
     for member in members:
@@ -76,7 +76,7 @@ def split(
         if kind not in alike:
             alike[kind] = (kernels_like(p, kind[1:4]), [])
         kernels, batch = alike[kind]
-        scattered = member.first is None and (p.dtype != torch.float32 or dtype != torch.float32)  # needs its indices
+        scattered = member.first is None and (p.dtype != torch.float32 or dtype != torch.float32)  # rounds by index
         if kernels is None or scattered or not (p.is_contiguous() and all(state[x].is_contiguous() for x in names)):
             others.append(member)
         else:
@@ -86,14 +86,14 @@ def split(
 
 
 def kernels_like(p: Tensor, formats: Sequence[torch.dtype]) -> ModuleType | None:
-    """Those for tensors on the device of p, in these formats: of weights, gradients and state."""
+    """Return the kernels for p's device and these formats of weights, gradients and state, or None."""
     if not all(x in FORMATS for x in formats):
         return None
     return kernels_for(p.device.type)
 
 
 def measure(batches: Sequence[Batch], carried: Mapping[int, Carried]) -> None:
-    """The first pass, where one is needed: fills in each batch's `held` and `sums`."""
+    """Do the first pass, where one is needed: fill in each batch's `held` and `sums`."""
     for batch in batches:
         known = carried.get(batch.members[0].position) if batch.needs_weight_sums and batch.may_carry else None
         if known is not None and known.holds_for(batch):
@@ -110,15 +110,16 @@ def measure(batches: Sequence[Batch], carried: Mapping[int, Carried]) -> None:
 
 
 def step(batch: Batch, skip: Tensor | None, carried: dict[int, Carried]) -> Tensor:
-    """The second pass, at the rates of the steps that the batch's state counts.
+    """Do the second pass, at the rates for the step counts in the batch's state.
 
     Args:
-        batch: measured, and not yet counted.
-        skip: 0-dim bool; where it is true nothing changes.
-        carried: receives what the next step need not measure again, by the position of the batch's first member.
+        batch: measured; its step is not yet counted.
+        skip: 0-dim bool; if true, nothing changes.
+        carried: receives the sums that the next step need not compute again, by the position of the batch's first
+            member.
 
     Returns:
-        The sums, (members, 8) float64; ERROR and GG are those of this step, and PEAK of a batch that measures itself.
+        The sums, (members, 8) float64; ERROR and GG are this step's, and so is PEAK if the batch measures itself.
     """
     own = _scalars(batch)
     keeps = batch.needs_weight_sums and batch.may_carry
@@ -140,7 +141,7 @@ def step(batch: Batch, skip: Tensor | None, carried: dict[int, Carried]) -> Tens
 
 
 def _scalars(batch: Batch) -> Tensor:
-    """The rates of each tensor, (tensors, 10) float32; sets the keys of its random bits where the device counts."""
+    """Return each tensor's scalars, (tensors, 10) float32; set the keys of random bits if the device counts steps."""
     group, device = batch.group, batch.device
     taken, is_readable = batch.steps, may_read(group, batch.steps)
     lr_on_device = isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu"
@@ -173,7 +174,7 @@ def _columns(group: Mapping[str, Any], taken: int | Tensor) -> list[float | Tens
 
 
 def _add_block_scalars(own: Tensor, batch: Batch, totals: Totals) -> None:
-    """Write what depends on the blocks' sums into the scalars: the gradient's scale, and the variant's own."""
+    """Write the scalars that depend on the blocks' sums: the gradient's scale, and the variant's own scalars."""
     if totals.factor is not None:
         own[:, FACTOR] *= totals.factor.float()
     block = totals.block

@@ -1,4 +1,4 @@
-"""The plain path: a rule applied to one member, and its results stored over the old ones."""
+"""The plain path: apply a rule to one member, and store the results in place."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Rule = Callable[..., tuple[Tensor, ...]]
 def moved(
     rule: Rule, member: Member, g: Tensor, names: Sequence[str], decay: float | Tensor, **hyperparameters: Any
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """A rule's new weights, new state and G, in g's dtype.
+    """Return a rule's new weights, new state and G, in g's dtype.
 
     Args:
         rule: `rules.diagonal` or `rules.rank_one`.
         member: the weights and their state, computed in g's dtype.
         g: the gradient, float32 or float64.
-        names: of the rule's state in its order.
-        decay: the decoupled decay's share of the old weights that is taken away, 0 for none.
+        names: the names of the rule's state, in its order.
+        decay: the fraction of the old weights that decoupled decay subtracts, 0 for none.
         hyperparameters: the rule's keyword arguments.
     """
     w = member.p.to(g.dtype)
@@ -36,8 +36,8 @@ def store_(new: New, peaks: Sequence[Tensor] | None = None) -> None:
     """Store new weights and state, each in its format.
 
     Args:
-        new: what, and where.
-        peaks: for a piece of one int8 block, one for each state: the largest absolute value of the whole block.
+        new: the new values and their member.
+        peaks: for a piece of an int8 block: the whole block's largest absolute value, one for each state.
     """
     p, state = new.member.p, new.member.state
     few = any(x.element_size() <= 2 for x in (p, *(state[name] for name in new.names)))
@@ -49,5 +49,5 @@ def store_(new: New, peaks: Sequence[Tensor] | None = None) -> None:
 
 
 def member_bits(member: Member, key: int | Tensor) -> Tensor:
-    """The random bits of a member's weights."""
+    """Return the random bits of a member's weights."""
     return random_bits(member.owner, key) if member.first is None else random_bits(member.p, key + member.first)

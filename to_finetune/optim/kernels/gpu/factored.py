@@ -1,4 +1,4 @@
-"""The fused path of factored gradients on GPUs: the squares of their rows and columns, and the scaling by both."""
+"""The fused path of factored gradients on GPUs: sums of squares of rows and columns, and scaling by both."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ AT_ONCE = 1 << 29  # elements of gradients that are squared in one launch
 
 
 def add_squares(pieces: Pieces, sums: Tensor) -> None:
-    """Add to `sums`, float64, the squares of the rows and columns of contiguous pieces of one format.
+    """Add the squares of contiguous pieces of one format to the `sums`, float64, of their rows and columns.
 
-    Each gradient is read once: a program takes TALL rows of a strip of WIDE columns, and a second launch adds up what
-    they found, in order.
+    Each gradient is read once: a program takes TALL rows of a strip of WIDE columns, and a second launch adds up
+    their results, in order.
     """
     turns = [piece.turn for piece in pieces.pieces]
     whole = to_device(pieces.table, sums.device)
@@ -47,7 +47,7 @@ def add_squares(pieces: Pieces, sums: Tensor) -> None:
 
 
 def scale(pieces: Pieces, factors: Tensor) -> None:
-    """Multiply each element by its row's and its column's factor, in place, rounded after each."""
+    """Multiply each element by its row's and its column's factor, in place, rounding after each."""
     table = to_device(pieces.table, factors.device)
     _launch_on_pieces(_scale, [rows for rows, _ in pieces.sizes], pieces, table, factors, each=HIGH)
 
@@ -55,7 +55,7 @@ def scale(pieces: Pieces, factors: Tensor) -> None:
 def _launch_on_pieces(
     kernel: Any, sizes: Sequence[int], pieces: Pieces, table: Tensor, *arrays: Tensor, each: int = 1, **options: Any
 ) -> None:
-    """A program for each `each` of a piece's size."""
+    """Launch a program for every `each` of each piece's size."""
     programs, _ = programs_of(sizes, table.device, each)
     if len(programs):
         with torch.cuda.device_of(table):
@@ -74,7 +74,7 @@ def _launch_on_pieces(
 
 
 def _launches(sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Runs of pieces that are squared in one launch, so that what it finds stays some 40 MB: AT_ONCE, or one larger."""
+    """Yield ranges of pieces to square in one launch: AT_ONCE elements (some 40 MB of results), or one larger piece."""
     begin, weights = 0, 0
     for i, (rows, columns) in enumerate(sizes):
         if i > begin and weights + rows * columns > AT_ONCE:
@@ -86,7 +86,7 @@ def _launches(sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def _places(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, int]:
-    """Where `_square` puts the sums of each piece's rows and of its columns, (pieces, 2) int64, and their number."""
+    """Return where `_square` puts the sums of each piece's rows and columns, (pieces, 2) int64, and their number."""
     places, count = _made_places(sizes, device)
     keep_for_graphs(places)
     return places, count
@@ -101,7 +101,7 @@ def _made_places(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tu
 
 @triton.jit
 def _piece(table, programs, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr):
-    """This program's piece (its gradient, rows and columns, and the places of the first ones), and its block there."""
+    """Load this program's piece (gradient, rows, columns, row, column) and the number of its block in the piece."""
     pid = tl.program_id(0)
     piece = table + tl.load(programs + 2 * pid).to(tl.int64) * 5
     columns = tl.load(piece + 2)
@@ -116,7 +116,7 @@ def _square(
     table, programs, places, found,
     GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
-    """Of a strip of columns and some of its rows: each row's sum of squares, and each column's."""
+    """Sum the squares of each row and of each column, over a strip of columns and TALL rows of it."""
     g, rows, columns, _, _, block = _piece(table, programs, GRADIENT, ALIGNED)
     place = places + 2 * tl.load(programs + 2 * tl.program_id(0))
     strips = tl.cdiv(columns, WIDE)
@@ -139,7 +139,7 @@ def _combine_squares(
     OF_COLUMNS: tl.constexpr, ADDED: tl.constexpr, TALL: tl.constexpr,
     GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Add what `_square` found of some rows, or columns, of a piece to their sums."""
+    """Add the results of `_square` for some rows, or columns, of a piece to their sums."""
     _, rows, columns, row, column, block = _piece(table, programs, GRADIENT, ALIGNED)
     place = places + 2 * tl.load(programs + 2 * tl.program_id(0))
     if OF_COLUMNS:

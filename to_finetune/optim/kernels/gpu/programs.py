@@ -1,4 +1,4 @@
-"""Which program of a launch takes which part of which tensor."""
+"""Assignment of the programs of a launch to chunks of tensors."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from to_finetune.optim.blocks import keep_for_graphs
 
-MANY_WARPS = 8  # of the programs that add up or scale
+MANY_WARPS = 8  # for programs that add up or scale
 
 
 def programs_of(sizes: Sequence[int], device: torch.device, each: int = 1) -> tuple[Tensor, Tensor]:
-    """(tensor, chunk in it) of each program, int32, and the number of each tensor's first program, int64.
+    """Return each program's (tensor, chunk in it), int32, and the number of each tensor's first program, int64.
 
     Args:
-        sizes: of the tensors.
-        each: of its chunk.
+        sizes: the sizes of the tensors.
+        each: the size of a chunk.
     """
     programs, begin = _made_programs(tuple(sizes), device, each)
     keep_for_graphs(programs, begin)

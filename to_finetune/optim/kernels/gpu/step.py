@@ -1,12 +1,12 @@
-"""The fused path on GPUs, in Triton: one launch a pass for all tensors of a batch, whatever their number and sizes.
+"""The fused path on GPUs, in Triton: one launch per pass for all tensors of a batch, whatever their number and sizes.
 
-The twin of `rules.py` and of `cpu.cpp`, and equal to them bit for bit where a GPU's float32 is: products and sums are
-not contracted, division rounds correctly, the sums that a step needs are taken in float64, and all in a fixed order.
-Runs on CPU tensors in Triton's interpreter, which is how it is tested without a GPU.
+Equal to `rules.py` and `cpu.cpp` bit for bit, as far as a GPU's float32 is: products and sums are not contracted,
+division is correctly rounded, the sums that a step needs are accumulated in float64, and all sums are taken in a fixed
+order. Also runs on CPU tensors in Triton's interpreter, which is how it is tested without a GPU.
 
 A program of a step takes a chunk of one tensor, in tiles of ROWS rows of 32 weights: the blocks of int8 state. Tensors
-are found by address, in a table made for each step, since gradients move. There is no autotuning: it would run a step
-that writes in place several times.
+are found by address, in a table made for each step, since gradients move. There is no autotuning, as it would run an
+in-place step several times.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from to_finetune.optim.kernels.gpu.storage import (
 )
 from to_finetune.optim.kernels.gpu.sums import COLUMNS, NUMEL, PEAK, SCALARS, SMALLEST_DIVISOR, combined, store_sums
 
-# As measured on an H200. Of a step: four weights for a thread in each tile, and few threads wait for each other.
+# Chosen by measurement on an H200: four weights per thread in each tile, and few threads that wait for each other.
 ROWS, TILES, WARPS = 8, 64, 2
 
 FOURS = tl.constexpr(8)
@@ -40,29 +40,29 @@ FIRST, KEY = tl.constexpr(9), tl.constexpr(10)
 
 
 def reduce(batch: Batch, weights: bool) -> Tensor:
-    """The sums over gradients and, with `weights`, over weights and state: (tensors, 8) float64."""
+    """Return the sums over gradients and, with `weights`, over weights and state: (tensors, 8) float64."""
     return combined(batch, *_launch(_reduce, batch, batch.constants(), weights, None))
 
 
 def update(batch: Batch, scalars: Tensor, weights: bool, skip: Tensor | None) -> Tensor:
-    """One step in place, unless `skip`; returns sums as `reduce` does, with `weights` those of the new ones."""
+    """Take one step in place, unless `skip`; return sums as `reduce` does, with `weights` over the new ones."""
     return combined(batch, *_launch(_update, batch, scalars, weights, skip))
 
 
 def measure_and_update(batch: Batch, scalars: Tensor, weights: bool, held: Tensor | None) -> Tensor:
-    """Both passes of a batch whose blocks are its tensors; what is between them is done as the sums are combined."""
+    """Do both passes of a batch in which each tensor is a block; combining the sums also computes the scalars."""
     measured = combined(batch, *_launch(_reduce, batch, scalars, weights and held is None, None), scalars, held)
     sums = update(batch, scalars, weights, None)
-    if batch.group["grad_scale"] is not None:  # else nobody asks for it
+    if batch.group["grad_scale"] is not None:  # otherwise PEAK is not used
         sums[:, PEAK.value] = measured[:, PEAK.value]
     return sums
 
 
 def _launch(kernel: Any, batch: Batch, scalars: Tensor, weights: bool, skip: Tensor | None) -> tuple[Tensor, Tensor]:
-    """One pass; returns the sums of each program, (programs, 8) float64, and each tensor's first program."""
+    """Launch one pass; return the sums of each program, (programs, 8) float64, and each tensor's first program."""
     variant, weight, gradient, state = batch.formats
     chunks, begin = programs_of(batch.numbers, batch.table.device, ROWS * 32 * TILES)
-    new = torch.empty if skip is None else torch.zeros  # a program that skips writes none
+    new = torch.empty if skip is None else torch.zeros  # a program that skips writes no sums
     partial = new(len(chunks), 8, dtype=torch.float64, device=batch.table.device)
     with torch.cuda.device_of(batch.table):  # Triton launches on the current device
         kernel[(len(chunks),)](
@@ -119,7 +119,7 @@ def _rank_one(w, g, u, v, b, scalars):
 
 @triton.jit
 def _place(table, chunks, WEIGHTS: tl.constexpr):
-    """This program's row in the table, its first weight there, and the number of its weights."""
+    """Load this program's row in the table, its first weight in that tensor, and the number of its weights."""
     pid = tl.program_id(0)
     row = tl.load(chunks + 2 * pid).to(tl.int64)
     begin = tl.load(chunks + 2 * pid + 1).to(tl.int64) * WEIGHTS
@@ -130,7 +130,7 @@ def _place(table, chunks, WEIGHTS: tl.constexpr):
 def _addresses(
     table, row, begin, WEIGHT: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """Of this program's weights, gradients, three states and their exponents: all that it needs of the table's row."""
+    """Load the addresses of this program's weights, gradients, three states and their exponents from the table."""
     t, block = table + row * COLUMNS, begin // BLOCK
     w, g = pointer(tl.load(t), WEIGHT, ALIGNED) + begin, pointer(tl.load(t + 1), GRADIENT, ALIGNED) + begin
     x0, x1, x2 = (
@@ -148,7 +148,7 @@ def _addresses(
 
 @triton.jit
 def _scalars(s):
-    """A tensor's, in the order of batch.py."""
+    """Load a tensor's scalars, in the order of batch.py."""
     return (
         tl.load(s),
         tl.load(s + 1),
@@ -165,7 +165,7 @@ def _scalars(s):
 
 @triton.jit
 def _fours(x):
-    """A tile by fours, which one thread holds: what is added up there needs no other thread."""
+    """Reshape a tile to groups of four, each held by one thread: summing a group involves no other thread."""
     return tl.reshape(x, (x.shape[0], FOURS, 4))
 
 
@@ -176,7 +176,7 @@ def _add(total, x):
 
 @triton.jit
 def _add_roughly(total, x):
-    """Fours in float32: for what is shown, and no step needs."""
+    """Add up groups of four in float32: for diagnostics, which no step depends on."""
     return total + tl.sum(_fours(x), axis=2).to(tl.float64)
 
 
@@ -263,7 +263,7 @@ def _update(
         return
     row, begin, n = _place(table, chunks, ROWS * BLOCK * TILES)
     key = (tl.load(table + row * COLUMNS + KEY) + tl.load(table + row * COLUMNS + FIRST) + begin).to(tl.uint32)
-    # Before the loop: in it each tile would load them anew, since it writes to memory.
+    # Loaded before the loop: inside it, every tile would load them again, since tiles write to memory.
     addresses = _addresses(table, row, begin, WEIGHT, GRADIENT, STATE, ALIGNED)
     own = _scalars(scalars + row * SCALARS)
     zero = tl.zeros((ROWS, FOURS), tl.float64)
@@ -288,7 +288,7 @@ def _reduce(
     WEIGHTS_TOO: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     row, begin, n = _place(table, chunks, ROWS * BLOCK * TILES)
-    # Before the loop: in it each tile would load them anew, since it writes to memory.
+    # Loaded before the loop, as in `_update`.
     addresses = _addresses(table, row, begin, WEIGHT, GRADIENT, STATE, ALIGNED)
     own = _scalars(scalars + row * SCALARS)
     zero = tl.zeros((ROWS, FOURS), tl.float64)

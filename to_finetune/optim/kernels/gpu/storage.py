@@ -1,6 +1,6 @@
-"""How the kernels read and write numbers, as `state.py` stores them.
+"""Reading and writing numbers in the kernels, in the formats of `state.py`.
 
-`FORMAT` is a number of `batch.FORMATS`; offsets and `n` count elements, and with `MASKED` none from n on is touched.
+`FORMAT` is a value of `batch.FORMATS`; offsets and `n` count elements, and with `MASKED` none from n on is touched.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-BLOCK = tl.constexpr(32)  # weights of an int8 state's block
+BLOCK = tl.constexpr(32)  # weights in a block of int8 state
 FLOAT32, BFLOAT16, INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-# 1.5 * 2^23 and its bits: a small integer more changes the last ones, which is faster than a conversion.
+# 1.5 * 2^23 and its bits: adding a small integer adds it to the last bits, which is faster than a conversion.
 SHIFT, SHIFT_BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)
-# Bits of float32: 127^2's mantissa (it is 1.97 2^13), 127^2 times half of the smallest number, and 3.4e38.
+# Bits of float32: 127^2's mantissa (127^2 is 1.97 2^13), 127^2 times half the smallest number, and 3.4e38.
 SQUARE_MANTISSA, HALF_A_STEP, LARGEST_PEAK = tl.constexpr(0x7C0400), tl.constexpr(8064), tl.constexpr(0x7F7FC99E)
 
 
@@ -79,7 +79,7 @@ def _blocks_of(n):
 
 @triton.jit
 def _exponent(peak):
-    """The smallest e with peak <= 127^2 2^(e - 127), from the bits of the peak; 255 where that is no finite number."""
+    """Return the smallest e with peak <= 127^2 2^(e - 127), given the bits of the peak; 255 if it is not finite."""
     e = ((peak + 0x7FFFFF - SQUARE_MANTISSA) >> 23) - 13
     e = tl.where(peak > HALF_A_STEP, tl.maximum(e, 1), 0)
     return tl.where(peak <= LARGEST_PEAK, e, 255)
@@ -97,7 +97,7 @@ def load_state(pointer, exponents, offsets, blocks, n, FORMAT: tl.constexpr, MAS
 
 @triton.jit
 def _rounded(x, random):
-    """float32 rounded to bfloat16's numbers."""
+    """Round float32 stochastically to values of bfloat16."""
     bits = x.to(tl.uint32, bitcast=True)
     bits = tl.where(x != x, bits, bits + random)
     return (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -105,7 +105,7 @@ def _rounded(x, random):
 
 @triton.jit
 def nearest(x, FORMAT: tl.constexpr):
-    """float32 rounded to the numbers of a format, ties to even."""
+    """Round float32 to the nearest values of a format, ties to even."""
     if FORMAT == BFLOAT16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x != x, bits, bits + 0x7FFF + (bits >> 16 & 1))
@@ -115,7 +115,7 @@ def nearest(x, FORMAT: tl.constexpr):
 
 @triton.jit
 def store_values(pointer, offsets, n, x, random, FORMAT: tl.constexpr, MASKED: tl.constexpr):
-    """Store weights or state that is not int8; returns what is stored."""
+    """Store weights, or state that is not int8; return the stored values."""
     if FORMAT == BFLOAT16:
         x = _rounded(x, random)
         store(pointer, offsets, n, x.to(tl.bfloat16), MASKED)
@@ -135,8 +135,8 @@ def store_state(pointer, exponents, offsets, blocks, n, x, random, FORMAT: tl.co
     inverse = tl.where(e < 254, _power(254 - tl.minimum(e, 254)), 0.0)
     finite = (e < 255)[:, None]
     y = tl.where(finite, tl.abs(x), 0.0) * inverse[:, None]
-    low = (tl.sqrt(y) + SHIFT) - SHIFT  # the integer nearest to the root, whose last bits a GPU may have wrong
-    low = tl.where(low * low > y, low - 1.0, low)  # the largest one whose square is within y: that much is exact
+    low = (tl.sqrt(y) + SHIFT) - SHIFT  # the integer nearest to the root, of which a GPU may get the last bits wrong
+    low = tl.where(low * low > y, low - 1.0, low)  # the largest one whose square is at most y, exactly
     u = ((random << 7) | 0x3F800040).to(tl.float32, bitcast=True) - 1.0  # random / 2^16 + 2^-17
     high = low + 1.0
     code = tl.where(u * (low + high) < y - low * low, high, low)

@@ -1,4 +1,4 @@
-"""The sums of a step: from each program's to the tensors', and from these to the scalars of the update."""
+"""The sums of a step: the programs' are combined into the tensors', and these into the scalars of the update."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from to_finetune.optim.kernels.batch import Batch
 from to_finetune.optim.kernels.gpu.programs import MANY_WARPS
 
-COMBINED = 1024  # programs' sums that are added up at a time
+COMBINED = 1024  # the number of programs whose sums are added up at a time
 
 SMALLEST_DIVISOR = tl.constexpr(1e-30)
 GG, PEAK, UG, WW, VW, UU, UB, ERROR, SUMS = (tl.constexpr(k) for k in range(9))
@@ -21,7 +21,7 @@ SCALARS, FACTOR, OWN = tl.constexpr(10), tl.constexpr(3), tl.constexpr(6)
 def combined(
     batch: Batch, partial: Tensor, begin: Tensor, scalars: Tensor | None = None, held: Tensor | None = None
 ) -> Tensor:
-    """The sums of each tensor. With `scalars` these get what depends on the sums, of which `held` has its columns."""
+    """Combine the sums per tensor; if given, `held` provides WW to UB, and the dependent `scalars` are written."""
     sums = torch.empty(len(batch.params), 8, dtype=torch.float64, device=partial.device)
     with torch.cuda.device_of(partial):
         _combine[(len(batch.params),)](
@@ -93,7 +93,7 @@ def _positive(x):
 
 @triton.jit
 def _finish(s, n, sums, RANK_ONE: tl.constexpr, RMS: tl.constexpr, RELATIVE: tl.constexpr):
-    """From a block's sums to the scalars of its step: rules.rms_factor, relative and rank_one_scalars."""
+    """Compute the scalars of a block's step from its sums: rules.rms_factor, relative and rank_one_scalars."""
     if RMS:
         factor = (tl.sqrt(n.to(tl.float64)) / _positive(tl.sqrt(_at(sums, GG)))).to(tl.float32)
         tl.store(s + FACTOR, tl.load(s + FACTOR) * factor)
