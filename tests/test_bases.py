@@ -556,11 +556,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "module that is none": ({"unfrozen_modules": ["q_prj"]}, "is called 'q_prj'. Did you mean 'q_proj'"),
     "attention that is none": (
         {"attn_implementation": "sdap"},
-        "attn_implementation='sdap' cannot be had. Did you mean 'sdpa'?",
+        "attn_implementation='sdap' is not available. Did you mean 'sdpa'?",
     ),
     "attention that is not installed": (
         {"attn_implementation": "flash_attention_2"},
-        "attn_implementation='flash_attention_2' cannot be had.",
+        "attn_implementation='flash_attention_2' is not available.",
     ),
 }
 

@@ -162,7 +162,7 @@ def test_a_checkpoint_of_the_weights_alone_is_not_gone_on_from(
 ) -> None:
     finetune(tmp_path / "run", save_only_model=True, save_strategy="steps", save_steps=2)
     assert finetune(tmp_path / "run", max_steps=STEPS, resume_from_checkpoint=True).code == 2
-    assert "checkpoint-4' cannot be gone on from: it has no optimizer's state" in capsys.readouterr().err
+    assert "checkpoint-4' cannot be resumed from: it has no optimizer's state" in capsys.readouterr().err
 
 
 def test_an_earlier_checkpoint_is_not_gone_on_from_beside_later_ones(
@@ -205,7 +205,7 @@ def test_a_damaged_checkpoint_is_said_to_be_one(
     if damage == "cut":
         file.write_bytes(half)
     assert finetune(folder, max_steps=STEPS, resume_from_checkpoint=True).code == 1
-    assert f"{folder}/checkpoint-4 cannot be gone on from, it is damaged" in capsys.readouterr().err
+    assert f"{folder}/checkpoint-4 cannot be resumed from, it is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -257,7 +257,7 @@ def test_a_folder_without_an_optimizers_state_is_no_checkpoint(
     """It would begin anew, with a fresh optimizer, and not say so."""
     assert finetune(tmp_path / "new", resume_from_checkpoint=stopped.folder).code == 2
     said = capsys.readouterr().err
-    assert "cannot be gone on from: it has no optimizer's state" in said
+    assert "cannot be resumed from: it has no optimizer's state" in said
     assert f"Did you mean '{stopped.folder}/checkpoint-4'?" in said
 
 

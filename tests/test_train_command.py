@@ -162,7 +162,7 @@ REFUSED: dict[str, tuple[int, list[str], str]] = {
     "more than the GPUs": (
         2,
         ["--num_processes", "3"],
-        "--num_processes 3: more than the GPUs, of which 2",
+        "--num_processes 3 is not valid: at most 2, one for each GPU.",
     ),
     "a layout on the CPU": (
         0,

@@ -278,6 +278,14 @@ def test_weights_that_are_not_contiguous_are_saved_by_name(
     assert_same_bits(optimizer, list(model.parameters()), fresh, list(other.parameters()))  # type: ignore[arg-type]
 
 
+def test_a_checkpoint_by_name_refuses_full(tmp_path: Path) -> None:
+    """Before anything is written."""
+    model = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match="FullTO's state changes its shape with the steps"):
+        save_state(model, OPTIMIZERS["full"](model.parameters()), tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+
+
 def test_names_are_those_without_any_wrapper() -> None:
     def model() -> nn.Module:
         layers = nn.ModuleDict({"module": nn.Linear(2, 2), "other": nn.Linear(2, 2)})

@@ -176,7 +176,7 @@ def _in_one_sentence(name: str, attn_implementation: str | None) -> Iterator[Non
         reason = shorten(str(error), 400)
         if attn_implementation and re.search("attn_implementation|attention|kernels", reason, re.IGNORECASE):
             near = did_you_mean(attn_implementation, ATTENTION)
-            raise UsageError(f"attn_implementation={attn_implementation!r} cannot be had.{near} {reason}") from error
+            raise UsageError(f"attn_implementation={attn_implementation!r} is not available.{near} {reason}") from error
         raise UsageError(
             f"model_name_or_path={name!r} cannot be loaded as a causal language model: {reason}"
         ) from error

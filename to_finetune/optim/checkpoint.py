@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from to_finetune.optim.full import FullTO
 from to_finetune.optim.optimizer import TrainableOptimizer
 from to_finetune.optim.sharding import Member, gathered, refresh_model
 from to_finetune.optim.state import exponents_name, pack, unpack_
@@ -146,6 +147,8 @@ class _Contents:
     """This process's part of a checkpoint: views of weights and state, or copies where the stored form differs."""
 
     def __init__(self, model: nn.Module, optimizer: TrainableOptimizer, weights: bool) -> None:
+        if isinstance(optimizer, FullTO):
+            raise RuntimeError("FullTO's state changes its shape with the steps: torch.save its state_dict() instead.")
         self.values: dict[str, Tensor] = {}
         self.after_loading: list[Callable[[], Any]] = []
         names = optimizer.names(named(model))

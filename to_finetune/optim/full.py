@@ -16,13 +16,13 @@ from to_finetune.optim.stateful import compute_dtype
 class FullTO(TrainableOptimizer):
     """Trainable Optimizer with the gradient model ``G = A w + b``, A an (n, n) matrix for each block of n weights.
 
-    Since A starts at zero it is minus the sum of the t corrections so far, each ``alpha r w^T``. While ``2 t < n``
-    keeping those pairs of vectors is smaller and faster than the matrix, and exact; the block then switches to the
-    matrix by itself. State of a block, at its first tensor: ``corrections`` and ``weights`` (rows, n; the first
+    Since A starts at zero it is minus the sum of the t corrections so far, each ``alpha r w^T``. While ``2 t < n``,
+    keeping those pairs of vectors is exact, and smaller and faster than the matrix; after that the block switches to
+    the matrix by itself. State of a block, at its first tensor: ``corrections`` and ``weights`` (rows, n; the first
     ``pairs`` rows are in use), later ``A`` (n, n). State of each tensor: ``b`` of its shape, and a 0-dim ``step``.
 
-    The shapes of this state change with the steps. `state_dict` and `load_state_dict` do not mind; torch's distributed
-    checkpoint, which wants the saved shapes in place before it loads, cannot restore it from files.
+    The shapes of this state change over the steps. `state_dict` and `load_state_dict` support that; torch's distributed
+    checkpoint, which needs the saved shapes in place before it loads, cannot restore it from files.
 
     With ``scope="group"`` every weight of the group must have a gradient in every step.
     """
@@ -71,7 +71,7 @@ class FullTO(TrainableOptimizer):
         )
         if rates.alpha > 0:
             dtype = group["state_dtype"] or flat_dtype
-            _learn(slope, correction, w, dtype, self._key(group, members[0]))
+            _learn(slope, correction, w, dtype, self._key(group, members[0], members[0].position))
         new_w = new_w - decoupled_decay(group, rates) * w
         sizes = [p.numel() for p in block]
         parts = (x.split(sizes) for x in (new_w, b, G - g, g))
@@ -80,17 +80,17 @@ class FullTO(TrainableOptimizer):
 
 
 def history_is_smaller(n: int, pairs: int) -> bool:
-    """Whether so many pairs of n numbers each are fewer than the matrix's n^2."""
+    """Whether that many pairs of n-vectors hold fewer numbers than the (n, n) matrix."""
     return 2 * pairs < n
 
 
 def more_rows(n: int, rows: int) -> int:
-    """How many pairs to make room for once `rows` are taken: doubling, never past where the matrix takes over."""
+    """Return the room for pairs once `rows` are taken: doubled, but not beyond the switch to the matrix."""
     return min(max(8, 2 * rows), (n - 1) // 2)
 
 
 def _slope_times(slope: dict[str, Tensor], w: Tensor) -> Tensor:
-    """``A w`` in whichever form the slope is held; zero before the first correction."""
+    """Return ``A w``, in whichever form the slope is held; zero before the first correction."""
     if "A" in slope:
         return rules.full_dense_product(slope["A"].to(w.dtype), w)
     if "pairs" in slope:
@@ -100,9 +100,9 @@ def _slope_times(slope: dict[str, Tensor], w: Tensor) -> Tensor:
 
 
 def _learn(slope: dict[str, Tensor], correction: Tensor, w: Tensor, dtype: torch.dtype, key: int | Tensor) -> None:
-    """Take ``correction w^T`` from A: another row of the history, or the matrix once that is the smaller.
+    """Subtract ``correction w^T`` from A: add a row to the history, or update the matrix once that is smaller.
 
-    The key is of the random bits with which a matrix of bfloat16 is rounded.
+    The key is that of the random bits that round a bfloat16 matrix.
     """
     n = w.numel()
     if "A" not in slope and "pairs" not in slope:

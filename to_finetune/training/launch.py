@@ -44,7 +44,7 @@ def command_for(flags: Sequence[str], processes: int | None, config: str | None,
     if config is not None and not gpus:
         raise UsageError(f"--accelerate_config {config} spreads a run over GPUs, and this one is on the CPU.")
     if gpus and processes and processes > gpus and machines == 1:
-        raise UsageError(f"--num_processes {processes}: more than the GPUs, of which {gpus} can be used.")
+        raise UsageError(f"--num_processes {processes} is not valid: at most {gpus}, one for each GPU.")
     count = processes or gpus or 1
     if config is not None:
         how_many = [] if machines > 1 and processes is None else ["--num_processes", str(count)]

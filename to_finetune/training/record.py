@@ -183,7 +183,7 @@ def resume_point(asked: str | None, output_dir: str) -> str | None:
         near = last_checkpoint(chosen)
         hint = f" Did you mean {near!r}?" if near else ""
         raise UsageError(
-            f"resume_from_checkpoint={chosen!r} cannot be gone on from: it has no optimizer's state, as after "
+            f"resume_from_checkpoint={chosen!r} cannot be resumed from: it has no optimizer's state, as after "
             f"--save_only_model true.{hint}"
         )
     return chosen

@@ -295,7 +295,7 @@ def _parse(flags: Sequence[str]) -> Arguments:
     """Parse the flags as a trial will, but set up no device: this process only watches, and takes no GPU memory."""
     base = parse_arguments(flags, ArgumentsElsewhere)
     if base[2].resume_from_checkpoint is not None:
-        raise UsageError("resume_from_checkpoint is not taken here: the same command goes on where the sweep stopped.")
+        raise UsageError("resume_from_checkpoint is not taken here: the same command resumes the sweep.")
     if base[2].push_to_hub:
         raise UsageError("push_to_hub is not taken here: every trial would be. `to-finetune push` takes the best.")
     return base

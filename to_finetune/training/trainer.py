@@ -210,7 +210,7 @@ class TrainableOptimizerMixin(_Base):
             self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
         except (RuntimeError, OSError, CheckpointException, UnpicklingError) as error:
             reason = shorten(str(error), 300)
-            raise RunError(f"{checkpoint} cannot be gone on from, it is damaged or another run's: {reason}") from error
+            raise RunError(f"{checkpoint} cannot be resumed from, it is damaged or another run's: {reason}") from error
         for group, lr in zip(optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = lr
 
