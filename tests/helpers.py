@@ -11,12 +11,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from to_finetune.finetune import main
-from to_finetune.model.trained import read_trained
+from to_finetune.model.trained import holds_trained, read_trained
 from to_finetune.training import TOSFTTrainer
 
 WORDS = ["red", "blue", "green", "tree", "house", "river", "stone", "bird", "cloud", "song"]
@@ -122,8 +123,10 @@ class Run:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """What it trained, adapters too, as saved."""
-        return read_trained(self.folder)[0]
+        """What it trained, adapters and whole models too, as saved."""
+        if holds_trained(self.folder):
+            return read_trained(self.folder)[0]
+        return load_file(self.folder / "model.safetensors")
 
 
 def finetune(output_dir: Path, *more: str, answer_tokens: int = 8, **options: Any) -> Run:

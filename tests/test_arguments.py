@@ -11,6 +11,8 @@ import yaml
 from to_finetune.errors import UsageError
 from to_finetune.training.arguments import parse_arguments, resolved_config
 
+from .helpers import flags
+
 NEEDED = {"model_name_or_path": "model", "dataset_name": ["rows.jsonl"], "output_dir": "run", "use_cpu": True}
 WRITTEN = {
     "accelerator config": ["--accelerator_config", '{"split_batches": true}'],
@@ -69,6 +71,27 @@ def test_a_files_lists_are_of_the_flags_types(tmp_path: Path) -> None:
 def test_a_list_that_cannot_be_is_refused(tmp_path: Path, config: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         parsed(tmp_path, {**NEEDED, **config})
+
+
+def test_a_switch_needs_no_word() -> None:
+    """Also where its default is None."""
+    switches = ["gradient_checkpointing", "assistant_only_loss", "bf16", "packing"]
+    model, _, args = parse_arguments(flags(**NEEDED) + [f"--{name}" for name in (*switches, "use_peft")])
+    assert model.use_peft is True
+    assert all(getattr(args, name) is True for name in switches)
+
+
+def test_a_warm_up_may_be_given_as_a_ratio(tmp_path: Path) -> None:
+    """As recipes of older transformers do; a flag wins over the file."""
+    assert parsed(tmp_path, {**NEEDED, "warmup_ratio": 0.03})[2].warmup_steps == 0.03
+    _, _, args = parse_arguments(["--config", str(tmp_path / "recipe.yaml"), "--warmup_ratio", "0.1"])
+    assert args.warmup_steps == 0.1
+
+
+@pytest.mark.parametrize(("name", "ours"), [("lr", "learning_rate"), ("model", "model_name_or_path")])
+def test_other_tools_names_are_known(name: str, ours: str) -> None:
+    with pytest.raises(UsageError, match=f"Unknown flag '{name}'. Did you mean '{ours}'"):
+        parse_arguments([*flags(**NEEDED), f"--{name}=1"])
 
 
 @pytest.mark.parametrize(("word", "on"), [("true", True), ("True", True), ("false", False)])

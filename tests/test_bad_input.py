@@ -8,6 +8,9 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch
+
+from to_finetune.training import TOSFTTrainer
 
 from .helpers import ALPACA_ROWS, Run, write_jsonl
 
@@ -190,6 +193,14 @@ def test_a_run_that_diverges_fails_and_saves_nothing(
     assert run.record["results"]["processes"] == 1
     assert not [file.name for file in run.folder.rglob("*") if file.suffix in (".safetensors", ".bin", ".pt")]
     assert "diverged" in (run.folder / "report.html").read_text()
+
+
+def test_too_little_memory_is_said(finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with mock.patch.object(TOSFTTrainer, "training_step", side_effect=torch.OutOfMemoryError("2 GiB asked")):
+        run = finetune(tmp_path / "out")
+    assert run.code == 1
+    assert "The GPU is out of memory. Lower --per_device_train_batch_size" in the_error(capsys)
+    assert (run.record["status"], run.record["error"]) == ("failed", "OutOfMemoryError: 2 GiB asked")
 
 
 def test_one_pattern_needs_no_list(finetune: Finetune, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from to_finetune.model import save_trained, select_trainable
 from to_finetune.model.trained import trained_tensors
 from to_finetune.optim import DiagonalTO
 from to_finetune.training import TOTrainer, TOTrainingArguments
-from to_finetune.training.proofs import check_saved, fingerprints
+from to_finetune.training.proofs import check_optimizer, check_saved, fingerprints
 
 from .helpers import Run, write_jsonl
 
@@ -217,10 +217,23 @@ def test_a_file_that_does_not_read_back_fails_the_run(
 
 def test_a_file_with_other_tensors_does_not_read_back(model: PreTrainedModel, tmp_path: Path) -> None:
     save_trained(model, tmp_path)
-    assert check_saved(trained_tensors(model), tmp_path) == 4 * sum(p.numel() for p in trained(model))
+    live = trained_tensors(model)
+    assert check_saved(live, tmp_path, trained=9) == 4 * sum(p.numel() for p in trained(model))
+    with pytest.raises(RunError, match="9 tensors were saved where 10 train"):  # what is saved by name lacks one
+        check_saved(live, tmp_path, trained=10)
     model.lm_head.requires_grad_(True)
-    with pytest.raises(RunError, match="9 tensors were saved where 10 train"):
-        check_saved(trained_tensors(model), tmp_path)
+    with pytest.raises(RunError, match="9 tensors were saved where 9 train"):
+        check_saved(trained_tensors(model), tmp_path, trained=9)
+
+
+def test_deepspeeds_own_cpu_adam_is_refused() -> None:
+    """accelerate puts it in the place of an offloaded optimizer, unless DeepSpeed's file forbids it."""
+
+    class DeepSpeedCPUAdam(torch.optim.Adam):
+        pass
+
+    with pytest.raises(RunError, match=r"is DeepSpeedCPUAdam, not DiagonalTO.*zero_force_ds_cpu_optimizer"):
+        check_optimizer(DeepSpeedCPUAdam([torch.zeros(2)]), DiagonalTO)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Callable
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +14,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -22,9 +24,10 @@ from transformers import AutoModelForCausalLM
 from to_finetune.data.preview import IGNORED
 from to_finetune.errors import UsageError
 from to_finetune.files import whole, write_whole
-from to_finetune.finetune import main
+from to_finetune.finetune import main, summary
 from to_finetune.model import load_finetuned
 from to_finetune.training.optimizers import recommended_learning_rate
+from to_finetune.training.record import RunRecord
 
 from .helpers import LAYER_WEIGHTS, Run, assert_same_bits
 
@@ -101,6 +104,14 @@ def test_the_record_holds_every_proof(run: Run) -> None:
         "trl": version("trl"),
     }
     assert record["results"]["processes"] == 1
+
+
+def test_what_never_moved_is_said_at_the_end(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path, {}, 1)
+    record.values["proofs"] = {"never_moved": ["layers.0.weight", "layers.1.weight"]}
+    console = Console(record=True, file=StringIO())
+    console.print(summary({}, record))
+    assert "2 trained tensors, layers.0.weight first" in console.export_text()
 
 
 def test_the_losses_of_the_record_are_the_models(run: Run) -> None:

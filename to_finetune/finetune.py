@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import torch
 import transformers
 import yaml
 from rich.console import Console
@@ -49,6 +50,11 @@ from to_finetune.training.proofs import check_saved
 from to_finetune.training.record import RunRecord, resume_point, summarise
 from to_finetune.training.sft import TOSFTTrainer
 from to_finetune.training.traces import SampleAnswers, SlopeTrace, write_parameters
+
+OUT_OF_MEMORY = (
+    "The GPU is out of memory. Lower --per_device_train_batch_size or --max_length, train less, or set "
+    "--gradient_checkpointing true; `to-finetune plan --memory SIZE` with the run's flags says what fits."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -158,6 +164,8 @@ def recorded(trainer: TOSFTTrainer, record: RunRecord) -> Iterator[None]:
         raise
     except BaseException as error:
         conclude(trainer, record, status="failed", error=f"{type(error).__name__}: {error}")
+        if isinstance(error, torch.OutOfMemoryError):
+            raise RunError(OUT_OF_MEMORY) from error
         raise
 
 
@@ -170,7 +178,8 @@ def finish(trainer: TOSFTTrainer, args: FinetuneArguments) -> dict[str, Any]:
     if trainer.is_partly_frozen():
         trained = trainer.trained_tensors()
         if args.should_save:
-            trainer.engagement.proofs["saved_bytes_read_back"] = check_saved(trained, args.output_dir)
+            proofs = trainer.engagement.proofs
+            proofs["saved_bytes_read_back"] = check_saved(trained, args.output_dir, proofs["trained_tensors"])
     was_loaded = args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
     saved_step = trainer.state.best_global_step if was_loaded else None
     return summarise(history, saved_step)
@@ -206,6 +215,8 @@ def summary(results: dict[str, Any], record: RunRecord) -> Table:
     for name, value in results.items():
         if value is not None:
             table.add_row(name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
+    if still := record.values.get("proofs", {}).get("never_moved"):
+        table.add_row("never moved", Text(f"{len(still)} trained tensors, {still[0]} first", "yellow"))
     weights = ("trained.safetensors", "adapter_model.safetensors")
     for file in (*weights, RECORD, CONFIG, "loss.png", "report.html"):
         if (record.folder / file).exists():

@@ -17,6 +17,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from to_finetune.training.arguments import ArgumentsElsewhere, parse_arguments
+
 from ..helpers import LAYER_WEIGHTS, Run, flags
 from .on_cpu import ROOT, command, launch, settings
 
@@ -114,7 +116,11 @@ def test_an_optimizer_of_hugging_faces_trains_a_part_as_well(
 ) -> None:
     """As one process does, also after a resume; the base is not in what it leaves. FSDP2 recomputes activations."""
     adamw = {"optim": "adamw_torch", "learning_rate": 1e-3}
-    parts = {"last": LAST_LAYER, "lora": {"unfrozen_parameters": None, "use_peft": True, "lora_dropout": 0}}
+    parts = {
+        "last": LAST_LAYER,
+        "all": {"unfrozen_parameters": None},
+        "lora": {"unfrozen_parameters": None, "use_peft": True, "lora_dropout": 0},
+    }
     config = ROOT / "configs" / "accelerate" / f"{layout}.yaml"
     if layout == "fsdp2":
         values = yaml.safe_load(config.read_text())
@@ -208,16 +214,17 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
-def test_a_file_opens_with_the_command_that_takes_it(path: Path) -> None:
+def test_a_file_opens_with_the_command_that_takes_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = path.read_text()
     lines = re.findall(r"^#   (.*)$", text, flags=re.MULTILINE)
     words = shlex.split(" ".join(line.rstrip("\\") for line in lines))
     words = words[words.index("accelerate") :]
     assert words[:3] == ["accelerate", "launch", "--config_file"]
     assert ROOT / words[3] == path
-    for word in words[4:]:
-        if word.endswith((".py", ".yaml")):
-            assert (ROOT / word).is_file()
+    script = words.index("scripts/finetune.py")
+    monkeypatch.chdir(ROOT)
+    _, data_args, args = parse_arguments(words[script + 1 :], ArgumentsElsewhere)
+    assert (data_args.dataset_name, args.optim) == (["tatsu-lab/alpaca"], "diagonal_to")
     inner = yaml.safe_load(text).get("deepspeed_config", {}).get("deepspeed_config_file")
     assert inner is None or (ROOT / inner).is_file()
     assert os.environ.get("ACCELERATE_USE_FSDP") is None

@@ -13,7 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "to-finetune train [--num_processes N] [--accelerate_config FILE] FLAGS_OF_A_RUN"
     parser.description = (
         "Fine-tune: checks the flags, and starts the run through accelerate, one process on each visible GPU. Takes "
-        "all flags of a run, --config among them. Ctrl-C saves a checkpoint. Exit code: the run's."
+        "all flags of a run, --config among them (`python -m to_finetune.finetune --help` lists them). Ctrl-C saves a "
+        "checkpoint. Exit code: the run's."
     )
     parser.add_argument(
         "--num_processes", type=int, metavar="N", help="default: one for each visible GPU, one without any"

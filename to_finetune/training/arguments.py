@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from argparse import ArgumentError
+from argparse import SUPPRESS, ArgumentError
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -281,6 +281,16 @@ class ArgumentsElsewhere(FinetuneArguments):
         self.__dict__.update(asked)
 
 
+ELSEWHERE = {  # what other tools call our flags
+    "batch_size": "per_device_train_batch_size",
+    "dataset": "dataset_name",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "model": "model_name_or_path",
+    "torch_dtype": "dtype",
+}
+
+
 class _Parser(TrlParser):
     def error(self, message: str) -> Any:
         raise UsageError(message)
@@ -306,9 +316,16 @@ def parse_arguments(
     parser = _Parser(classes, allow_abbrev=False)
     parser.prog = "finetune.py"
     flags_of_fields = {action.dest for action in parser._actions}
+    for action in parser._actions:
+        if getattr(action.type, "__name__", None) == "string_to_bool":  # done already for those that are never None
+            action.nargs, action.const = "?", True
     types = {k: t for cls in classes for k, t in get_type_hints(cls).items() if k in flags_of_fields}
 
     config, argv = _take_config(argv)
+    if "warmup_ratio" not in types:  # newer transformers: warmup_steps below 1
+        parser.add_argument("--warmup_ratio", dest="warmup_steps", type=float, default=SUPPRESS, help=SUPPRESS)
+        if "warmup_ratio" in config:
+            config["warmup_steps"] = config.pop("warmup_ratio")
     _check_names(config, argv, types, parser, beside)
     config = {key.replace("-", "_"): value for key, value in config.items()}
     _check_given(config, types)
@@ -337,7 +354,7 @@ def _check_names(
     options = {option.lstrip("-").replace("-", "_") for option in parser._option_string_actions} | {"config"}
     flags = [item[2:].split("=")[0] for item in argv if item.startswith("--")]
     problems = [
-        f"Unknown {where} {key!r}.{did_you_mean(key, [*types, *beside])}"
+        f"Unknown {where} {key!r}.{did_you_mean(ELSEWHERE.get(key, key), [*types, *beside])}"
         for where, keys, known in (("key in the configuration file", config, types), ("flag", flags, options))
         for key in keys
         if key.replace("-", "_") not in known

@@ -23,7 +23,6 @@ from transformers import TrainingArguments
 
 from to_finetune.errors import UsageError, at_least_one
 from to_finetune.signals import on_stop
-from to_finetune.training.optimizers import OPTIMIZERS
 
 
 def command_for(flags: Sequence[str], processes: int | None, config: str | None, gpus: int) -> list[str]:
@@ -131,7 +130,7 @@ def asks_for_fsdp(args: TrainingArguments) -> bool:
 
 
 def check_layout(args: TrainingArguments, state: Any, is_sharded: bool, optimizer: Any) -> None:
-    """Raise if a run would not get the sharding or optimizer asked for, or uses FSDP in a version that no TO supports.
+    """Raise if a run would not get the sharding or optimizer asked for, or uses FSDP's first version.
 
     Args:
         args: of the run.
@@ -154,8 +153,8 @@ def check_layout(args: TrainingArguments, state: Any, is_sharded: bool, optimize
             "optim= and optim_args=, or give optimizer_cls_and_kwargs=."
         )
     plugin = getattr(state, "fsdp_plugin", None)
-    if args.optim in OPTIMIZERS and plugin is not None and plugin.fsdp_version != 2:
-        raise UsageError("The Trainable Optimizers need FSDP2: set fsdp_version: 2 in accelerate's fsdp_config.")
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise UsageError("FSDP's first version is not supported: set fsdp_version: 2 in accelerate's fsdp_config.")
 
 
 def check_clipping(engine: Any, args: TrainingArguments) -> None:

@@ -171,15 +171,20 @@ def fingerprints(model: nn.Module) -> dict[str, int]:
     return dict(zip(names, sums.tolist(), strict=True))
 
 
-def check_saved(live: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> int:
+def check_saved(live: Mapping[str, Tensor], folder: str | os.PathLike[str], trained: int) -> int:
     """Read the saved trained tensors back, compare them with the live ones bit for bit, and return their bytes.
 
+    Args:
+        live: the trained tensors by the names that they are saved under.
+        folder: where they were saved.
+        trained: the number of tensors that train.
+
     Raises:
-        RunError: when they differ.
+        RunError: when a tensor is missing or differs.
     """
     saved, _ = read_trained(folder)
-    if saved.keys() != live.keys():
-        raise RunError(f"{folder}: {len(saved)} tensors were saved where {len(live)} train.")
+    if saved.keys() != live.keys() or len(saved) != trained:
+        raise RunError(f"{folder}: {len(saved)} tensors were saved where {trained} train.")
     for name, tensor in saved.items():
         if not torch.equal(tensor, live[name].detach().cpu()):
             raise RunError(f"{folder}: {name} does not read back as it was saved.")

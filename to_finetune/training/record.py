@@ -47,6 +47,8 @@ MUST_AGREE = (
     "weight_decay",
     "max_grad_norm",
     "dtype",
+    "bf16",
+    "fp16",
     "loss_type",
     "label_smoothing_factor",
     "neftune_noise_alpha",

@@ -31,7 +31,7 @@ from to_finetune.optim import DiagonalTO, RankOneTO, TrainableOptimizer
 from to_finetune.optim.checkpoint import load_state, load_weights, named, save_state, whole_weights
 from to_finetune.training.arguments import TrainableOptimizerArguments
 from to_finetune.training.callbacks import ShortBackward
-from to_finetune.training.launch import check_clipping, check_layout
+from to_finetune.training.launch import check_clipping, check_layout, check_processes
 from to_finetune.training.optimizers import OPTIMIZERS, recommended_learning_rate, with_embeddings_apart
 from to_finetune.training.proofs import EngagementProofs, unwrapped
 
@@ -62,6 +62,7 @@ class TrainableOptimizerMixin(_Base):
         given = getattr(self, "optimizer_cls_and_kwargs", None)
         expected, _ = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
         is_class = isinstance(expected, type) and issubclass(expected, Optimizer)
+        check_processes(self.args.world_size)
         check_layout(self.args, self.accelerator.state, self.is_sharded(), self.optimizer)
         self.engagement = EngagementProofs(expected if is_class else None)
         self.add_callback(self.engagement)
@@ -128,7 +129,7 @@ class TrainableOptimizerMixin(_Base):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as Hugging Face does; of sharded weights, gather only those that train, one after the other."""
-        if not (self.is_sharded() and (self._by_name() or self.is_partly_frozen())):
+        if not self.is_sharded():
             super().save_model(output_dir, _internal_call)
             return
         self._save(output_dir, self._whole_weights())
