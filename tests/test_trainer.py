@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -330,6 +333,60 @@ def test_the_best_checkpoint_is_loaded_at_the_end(finetune: Callable[..., Run], 
     assert_same_bits(run.weights, trained(run.trainer.model))
     last = Run(0, run.folder / "checkpoint-4", None)
     assert any(not torch.equal(weights, last.weights[name]) for name, weights in run.weights.items())
+
+
+class Net(nn.Module):
+    """A module without a configuration, whose frozen body changes its running means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).requires_grad_(False)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.body(x))
+        return {"loss": cross_entropy(logits, labels), "logits": logits}
+
+
+def classifier(llama: Path) -> PreTrainedModel:
+    model = AutoModelForSequenceClassification.from_pretrained(llama, num_labels=2, pad_token_id=0)
+    select_trainable(model, [r"layers\.3\.", "score"])
+    return model
+
+
+def prompts(llama: Path) -> PeftModel:
+    return get_peft_model(
+        AutoModelForCausalLM.from_pretrained(llama), PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    )
+
+
+@pytest.mark.parametrize("kind", ["module", "classifier", "prompts"])
+def test_a_frozen_part_that_cannot_be_had_again_is_saved_too(kind: str, llama: Path, tmp_path: Path) -> None:
+    """And a run that goes on from there ends in the same weights and buffers, bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+    makers = {"module": Net, "classifier": partial(classifier, llama), "prompts": partial(prompts, llama)}
+    data: list[dict[str, Any]] = rows()
+    if kind != "prompts":
+        data = [{"input_ids": row["input_ids"], "labels": i % 2} for i, row in enumerate(data)]
+    if kind == "module":
+        data = [{"x": torch.randn(8, generator=generator), "labels": row["labels"]} for row in data]
+    ended = []
+    for going_on in (False, True):
+        torch.manual_seed(0)
+        model = makers[kind]()
+        args = arguments(TOTrainingArguments, tmp_path, learning_rate=LR, save_strategy="steps", save_steps=3)
+        trainer = TOTrainer(model, args, train_dataset=data)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3") if going_on else None)
+        ended.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    assert_equal(*ended)
+    trainer.save_model(str(tmp_path / "saved"))
+    if kind != "prompts":  # peft's own file
+        assert_equal(ended[0], load_file(tmp_path / "saved" / "model.safetensors"))
+
+
+def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
 
 
 def test_another_subsets_checkpoint_is_refused(llama: Path, tmp_path: Path) -> None:

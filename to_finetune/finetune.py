@@ -175,7 +175,7 @@ def finish(trainer: TOSFTTrainer, args: FinetuneArguments) -> dict[str, Any]:
     if trainer.eval_dataset is not None and not any("eval_loss" in row and row["step"] == step for row in history):
         trainer.evaluate()
     trainer.save_model()
-    if trainer.is_partly_frozen():
+    if trainer.saves_part():
         trained = trainer.trained_tensors()
         if args.should_save:
             proofs = trainer.engagement.proofs

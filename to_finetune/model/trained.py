@@ -14,7 +14,7 @@ from textwrap import shorten
 from typing import NamedTuple
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -43,6 +43,18 @@ def holds_trained(folder: str | os.PathLike[str]) -> bool:
 def holds_adapters(folder: str | os.PathLike[str]) -> bool:
     """Whether `folder` holds peft's adapters."""
     return Path(folder, SAFETENSORS_WEIGHTS_NAME).is_file()
+
+
+def is_restorable(model: nn.Module) -> bool:
+    """Whether the trained tensors can be put back onto their base: those of a named causal model, or one LoRA adapter.
+
+    A classifier's new head, a module without a configuration or another kind of adapter has to be saved whole.
+    """
+    if isinstance(model, PeftModel):
+        return len(model.active_adapters) == 1 and model.active_peft_config.peft_type == PeftType.LORA
+    if not (isinstance(model, PreTrainedModel) and model.config._name_or_path):
+        return False
+    return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def trained_tensors(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

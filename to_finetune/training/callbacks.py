@@ -72,7 +72,8 @@ class ShortBackward(TrainerCallback):
     ) -> None:
         on = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
         names = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
-        if on and not any((getattr(args, name, None) or {}).get("use_reentrant") for name in names):
+        can = hasattr(kwargs["model"], "disable_input_require_grads")
+        if on and can and not any((getattr(args, name, None) or {}).get("use_reentrant") for name in names):
             kwargs["model"].disable_input_require_grads()
 
 

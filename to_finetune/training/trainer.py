@@ -21,6 +21,7 @@ from to_finetune.errors import RunError
 from to_finetune.model.trained import (
     check_finite,
     holds_trained,
+    is_restorable,
     load_trained,
     parameter_names,
     read_trained,
@@ -98,8 +99,10 @@ class TrainableOptimizerMixin(_Base):
                         logs[key] = value.item()
         super().log(logs, start_time)
 
-    def is_partly_frozen(self) -> bool:
-        return any(not p.requires_grad for p in self.model.parameters())
+    def saves_part(self) -> bool:
+        """Whether only the trained tensors are saved: part of the model is frozen, and they can be put back onto it."""
+        model = self.accelerator.unwrap_model(self.model)
+        return any(not p.requires_grad for p in model.parameters()) and is_restorable(model)
 
     def is_sharded(self) -> bool:
         """Whether processes hold parts of the trained weights or of their state."""
@@ -129,7 +132,8 @@ class TrainableOptimizerMixin(_Base):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as Hugging Face does; of sharded weights, gather only those that train, one after the other."""
-        if not self.is_sharded():
+        trains_whole = all(p.requires_grad for p in self.model.parameters())
+        if not (self.is_sharded() and (trains_whole or self.saves_part())):
             super().save_model(output_dir, _internal_call)
             return
         self._save(output_dir, self._whole_weights())
@@ -137,7 +141,7 @@ class TrainableOptimizerMixin(_Base):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not self.is_partly_frozen():
+        if not self.saves_part():
             check_finite(dict(self.model.named_parameters()) if state_dict is None else state_dict)
             with without_token(self.args):
                 super()._save(output_dir, state_dict)
@@ -158,7 +162,7 @@ class TrainableOptimizerMixin(_Base):
         if optimizer is None:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        whole = not self.is_partly_frozen()  # no other file has these weights as any layout reads them
+        whole = not self.saves_part()  # no other file has these weights as any layout reads them
         save_state(self.model_wrapped, optimizer, os.path.join(output_dir, STATE_NAME), weights=whole)
         if self.args.should_save:
             assert self.lr_scheduler is not None
@@ -207,7 +211,7 @@ class TrainableOptimizerMixin(_Base):
             raise RunError(f"{checkpoint} holds no state of {live}'s, which would begin anew in the middle of the run.")
         assert self.lr_scheduler is not None
         try:
-            load_state(self.model_wrapped, optimizer, state, weights=not self.is_partly_frozen())
+            load_state(self.model_wrapped, optimizer, state, weights=not self.saves_part())
             self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
         except (RuntimeError, OSError, CheckpointException, UnpicklingError) as error:
             reason = shorten(str(error), 300)
@@ -224,7 +228,7 @@ class TrainableOptimizerMixin(_Base):
 
     def _loads_trained(self, folder: str) -> bool:
         """Whether the trained weights are read from our file: if sharded, only where `_by_name` has an optimizer."""
-        return holds_trained(folder) and (self._by_name() is not None or not self.is_sharded())
+        return holds_trained(folder) and self.saves_part() and (self._by_name() is not None or not self.is_sharded())
 
     def _load_trained(self, folder: str) -> None:
         optimizer = self._by_name() if self.is_sharded() else None
@@ -241,7 +245,7 @@ class TrainableOptimizerMixin(_Base):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write Hugging Face's card only if the folder is a whole model: it shows how to load it as one."""
-        if not self.is_partly_frozen():
+        if not self.saves_part():
             super().create_model_card(*args, **kwargs)
 
 
