@@ -157,6 +157,17 @@ def test_steps_that_were_skipped_are_not_held_against_a_run(model: PreTrainedMod
     assert run.engagement.proofs["moved_after_first_step"] == 9
 
 
+def test_steps_without_a_gradient_are_not_held_against_a_run(model: PreTrainedModel, tmp_path: Path) -> None:
+    """As of answers that all got the same reward."""
+    run = trainer(model, tmp_path, max_steps=5)
+    calls = iter(range(100))
+    model.model.layers[3].register_full_backward_pre_hook(
+        lambda module, grads: tuple(g * 0 for g in grads) if next(calls) < 3 else None
+    )
+    run.train()
+    assert run.engagement.proofs["moved_after_first_step"] == 9
+
+
 def test_steps_that_a_loss_scaler_skips_are_not_held_against_a_run(model: PreTrainedModel, tmp_path: Path) -> None:
     run = trainer(model, tmp_path, learning_rate=0.0, max_steps=6)
     with (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from trl import DPOConfig
 
 from to_finetune.errors import RunError, UsageError
 from to_finetune.model import select_trainable
 from to_finetune.optim import DiagonalTO, FullTO, RankOneTO
 from to_finetune.training import FinetuneArguments, TOTrainer, TOTrainingArguments
+from to_finetune.training.arguments import TrainableOptimizerArguments
 from to_finetune.training.optimizers import ADAPTER_RATE, RATE, RECOMMENDED_OPTIONS, recommended_learning_rate
 from to_finetune.training.proofs import unwrapped
 
@@ -286,6 +289,24 @@ def test_rate_and_clipping_default_to_what_suits_the_optimizer(
     for cls in (TOTrainingArguments, FinetuneArguments):
         args = cls(output_dir=str(tmp_path), use_cpu=True, **options)
         assert (args.learning_rate, args.max_grad_norm) == (learning_rate, max_grad_norm)
+
+
+def test_other_arguments_rate_is_their_own(tmp_path: Path) -> None:
+    """Of an optimizer of Hugging Face's: a DPO run's is fifty times lower than the Trainer's."""
+
+    @dataclass
+    class Arguments(TrainableOptimizerArguments, DPOConfig):
+        pass
+
+    args = Arguments(output_dir=str(tmp_path), use_cpu=True, bf16=False, optim="adamw_torch")
+    assert args.learning_rate == DPOConfig(str(tmp_path), use_cpu=True, bf16=False).learning_rate == 1e-6
+    assert Arguments(output_dir=str(tmp_path), use_cpu=True, bf16=False).learning_rate is None  # of the model
+
+
+def test_arguments_that_know_no_to_are_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+    """Else AdamW would train without a word."""
+    with pytest.raises(UsageError, match=r"TOTrainer would train with adamw_torch\w*: give it TOTrainingArguments"):
+        TOTrainer(model, TrainingArguments(str(tmp_path), use_cpu=True))
 
 
 def test_options_come_as_text_or_as_a_mapping(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def _read(source: str, name: str, split: str, config: str | None, streaming: boo
             files = _existing(source, name)
             kind = _only_kind(source, files)
             if kind == "csv":
-                options |= _as_text(files[0])
+                options |= _as_text(source, files)
             if kind == "text":
                 options["encoding"] = "utf-8-sig"  # drops a byte order mark
             if Path(name).is_dir():
@@ -186,8 +186,23 @@ def _read_on(parts: Sequence[IterableDataset], source: str) -> Iterator[dict[str
         raise UsageError(f"{source} cannot be read to its end: {shorten(str(error), 400)}") from error
 
 
-def _as_text(file: Path) -> dict[str, Any]:
-    """Return options to read a CSV file's cells as text: 007 is not a number, and None is not an empty cell."""
+def _as_text(source: str, files: Sequence[Path]) -> dict[str, Any]:
+    """Return options to read CSV files' cells as text: 007 is not a number, and None is not an empty cell."""
+    columns = _columns(files[0])
+    for file in files[1:]:
+        if sorted(others := _columns(file)) != sorted(columns):
+            raise UsageError(
+                f"{source}: {str(files[0])!r} has the columns {', '.join(columns)}, and {str(file)!r} "
+                f"{', '.join(others)}: they must be the same."
+            )
+    names = [column or f"Unnamed: {i}" for i, column in enumerate(columns)]  # as pandas, which reads it, names them
+    features = Features({name: Value("string") for name in names})
+    # Without index_col=False, pandas takes the first column for row names if a row ends in a comma.
+    return {"features": features, "keep_default_na": False, "index_col": False}
+
+
+def _columns(file: Path) -> list[str]:
+    """Return the names in a CSV file's first line."""
     with file.open(newline="", encoding="utf-8-sig") as lines:
         rows = csv.reader(lines)
         columns, first = next(rows), next(rows, [])
@@ -195,10 +210,7 @@ def _as_text(file: Path) -> dict[str, Any]:
             for row in chain([first], rows):
                 if any(row[len(columns) :]):
                     raise UsageError(f"{str(file)!r} has {len(columns)} columns, and a row of {len(row)} cells.")
-    names = [column or f"Unnamed: {i}" for i, column in enumerate(columns)]  # as pandas, which reads it, names them
-    features = Features({name: Value("string") for name in names})
-    # Without index_col=False, pandas takes the first column for row names if a row ends in a comma.
-    return {"features": features, "keep_default_na": False, "index_col": False}
+    return columns
 
 
 def _is_not_blank(row: dict[str, str]) -> bool:

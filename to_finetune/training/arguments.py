@@ -155,7 +155,7 @@ class TrainableOptimizerArguments:
     )
     learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Default: for a TO from the model's width and what trains of it, for all others 5e-5."},
+        metadata={"help": "Default: for a TO from the model's width and what trains of it, for others Hugging Face's."},
     )
     max_grad_norm: float | None = field(
         default=None,
@@ -189,7 +189,7 @@ class TrainableOptimizerArguments:
         elif isinstance(self.optim_args, dict):
             self.optim_args = ",".join(f"{key}={value}" for key, value in parse_optim_args(self.optim_args).items())
         if self.learning_rate is None and name not in OPTIMIZERS:  # a TO's is set once the model is known
-            self.learning_rate = 5e-5
+            self.learning_rate = _default_rate(type(self))
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0 if scaled else 1.0
 
@@ -202,6 +202,12 @@ class TrainableOptimizerArguments:
     def to_options(self) -> dict[str, Any]:
         """The TO's options from the current `optim_args`, which Hugging Face's hyperparameter_search sets per trial."""
         return optimizer_options(self.optim, self.optim_args)
+
+
+def _default_rate(arguments: type) -> float:
+    """Return the learning rate of the class that `TrainableOptimizerArguments` stands before: 1e-6 of a DPOConfig."""
+    theirs = [cls for cls in arguments.__mro__ if not issubclass(cls, TrainableOptimizerArguments)]
+    return next(cls.learning_rate for cls in theirs if hasattr(cls, "learning_rate"))
 
 
 @dataclass
@@ -232,6 +238,8 @@ class FinetuneArguments(TrainableOptimizerArguments, SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.learning_rate is None and self.optim not in OPTIMIZERS:
+            self.learning_rate = 5e-5
         at_least_one(max_length=self.max_length)
         if self.max_steps == 0 or (self.max_steps < 0 and not self.num_train_epochs > 0):
             key = "num_train_epochs" if self.max_steps else "max_steps"

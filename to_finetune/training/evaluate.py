@@ -30,6 +30,8 @@ TRAINING_ONLY = (
     "fsdp_config",
     "learning_rate",
     "load_best_model_at_end",
+    "lr_scheduler_kwargs",
+    "lr_scheduler_type",
     "max_grad_norm",
     "optim",
     "optim_args",

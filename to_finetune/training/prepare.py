@@ -200,6 +200,7 @@ def prepare_preview(model_args: ModelArguments, data_args: DataArguments, args: 
         UsageError: as `prepare_data` and `prepare_trainer`.
     """
     tokenizer, *rows = prepare_data(model_args, data_args, args)
+    args.push_to_hub = False  # the Trainer would create the repository
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )

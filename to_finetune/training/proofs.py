@@ -38,6 +38,7 @@ class EngagementProofs(TrainerCallback):
         self._steps = 0
         self._skipped = 0
         self._began_at = 0
+        self._can_move = True
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -55,11 +56,19 @@ class EngagementProofs(TrainerCallback):
         self._before = fingerprints(model)
         self._began_at = state.global_step
 
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note whether the gradients are all zero, as of rewards that are all the same: nothing has to move then."""
+        if "moved_after_first_step" not in self.proofs:
+            gradients = [p.grad for p in kwargs["model"].parameters() if p.requires_grad and p.grad is not None]
+            self._can_move = not gradients or any(_local(gradient).any() for gradient in gradients)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "moved_after_first_step" in self.proofs:
             return
         moved = self._moved(kwargs["model"])
-        if not self._was_skipped(kwargs["optimizer"]):
+        if self._can_move and not self._was_skipped(kwargs["optimizer"]):
             self._steps += 1
         if moved:
             self.proofs["moved_after_first_step"] = len(moved)
@@ -152,6 +161,10 @@ def check_trained_parameters(model: nn.Module, optimizer: Any) -> int:
     return len(trained)
 
 
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 @torch.no_grad()
 def fingerprints(model: nn.Module) -> dict[str, int]:
     """Return a 64-bit sum of each parameter's bits, over all processes: a change of any one element changes it."""
@@ -159,7 +172,7 @@ def fingerprints(model: nn.Module) -> dict[str, int]:
 
     def bits(p: Tensor) -> Tensor:
         p = getattr(p, "ds_tensor", p)  # under ZeRO-3, this process's shard
-        p = (p.to_local() if isinstance(p, DTensor) else p).detach()
+        p = _local(p).detach()
         if p.ndim == 1 and p.is_floating_point() and p.itemsize == 2:
             p = p.float()  # bitsandbytes casts biases to the dtype of the input, which keeps their values
         return p.contiguous().view(-1).view(integer[p.element_size()]).sum(dtype=torch.int64)

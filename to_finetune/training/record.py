@@ -49,6 +49,8 @@ MUST_AGREE = (
     "dtype",
     "bf16",
     "fp16",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
     "loss_type",
     "label_smoothing_factor",
     "neftune_noise_alpha",

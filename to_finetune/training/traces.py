@@ -19,7 +19,7 @@ from transformers import GenerationConfig, TrainerCallback, TrainerControl, Trai
 
 from to_finetune.data.preview import IGNORED
 from to_finetune.files import write_json
-from to_finetune.model.generate import end_tokens
+from to_finetune.model.generate import context_length, end_tokens
 from to_finetune.optim import DiagonalTO, RankOneTO
 from to_finetune.optim.checkpoint import named
 from to_finetune.optim.slopes import QUANTILES, SAMPLE, Slope, slopes
@@ -158,8 +158,9 @@ class SampleAnswers:
     def _answers(self) -> list[str]:
         model, pad = self.trainer.model, self.tokenizer.pad_token_id
         batch = self.tokenizer.pad({"input_ids": self.prompts}, padding_side="left", return_tensors="pt")
+        room = context_length(model, self.tokenizer) - batch["input_ids"].shape[1]
         config = GenerationConfig(
-            max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=self._ends(), pad_token_id=pad
+            max_new_tokens=min(NEW_TOKENS, room), do_sample=False, eos_token_id=self._ends(), pad_token_id=pad
         )
         was_training = model.training
         model.eval()

@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
+from transformers.training_args import OptimizerNames
 
-from to_finetune.errors import RunError
+from to_finetune.errors import RunError, UsageError
 from to_finetune.model.trained import (
     check_finite,
     holds_trained,
@@ -58,9 +59,14 @@ class TrainableOptimizerMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        given = getattr(self, "optimizer_cls_and_kwargs", None)
+        if not (isinstance(self.args, TrainableOptimizerArguments) or given or self.optimizer):
+            raise UsageError(
+                f"{type(self).__name__} would train with {OptimizerNames(self.args.optim).value}: give it TOTrainingArguments, or your own "
+                "arguments with TrainableOptimizerArguments before them."
+            )
         if self.args.learning_rate is None:
             self.args.learning_rate = recommended_learning_rate(self.model)
-        given = getattr(self, "optimizer_cls_and_kwargs", None)
         expected, _ = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
         is_class = isinstance(expected, type) and issubclass(expected, Optimizer)
         check_processes(self.args.world_size)
