@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ from unittest import mock
 
 import pytest
 import torch
+from transformers import TrainerState
 
+from to_finetune.errors import RunError
 from to_finetune.training import TOSFTTrainer
+from to_finetune.training.callbacks import StopOnNonFinite
 
 from .helpers import ALPACA_ROWS, Run, write_jsonl
 
@@ -64,6 +68,10 @@ BAD = {
     "config that is no YAML": ({"config": "broken.yaml"}, "broken.yaml", "not valid YAML", "line 2"),
     "config that is not there": ({"config": "nowhere.yaml"}, "nowhere.yaml", "No such file"),
     "batch of none": ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0", "at least 1"),
+    "accumulation of none": (
+        {"gradient_accumulation_steps": 0},
+        "gradient_accumulation_steps=0 is not valid: at least 1",
+    ),
     "length of none": ({"max_length": 0}, "max_length=0", "at least 1"),
     "no dataset": ({"dataset_name": None}, "required", "--dataset_name"),
     "no model": ({"model_name_or_path": None}, "required", "--model_name_or_path"),
@@ -84,6 +92,10 @@ BAD = {
     # the model
     "model that is not there": ({"model_name_or_path": "./no_modle"}, "'./no_modle'", "no such folder", "'no_model'"),
     "folder without a model": ({"model_name_or_path": "no_model"}, "'no_model'", "config.json"),
+    "folder that is not there in one that is": (
+        {"model_name_or_path": "no_model/small"},
+        "'no_model/small': no such folder",
+    ),
     # the data
     "data that are not there": ({"dataset_name": "rws.jsonl"}, "'rws.jsonl'", "no such file", "'rows.jsonl'"),
     "empty data": ({"dataset_name": "empty.jsonl"}, "'empty.jsonl'", "empty"),
@@ -109,6 +121,10 @@ BAD = {
     "options of an optimizer without": (
         {"optim": "adamw_torch", "optim_args": "bteas=1"},
         "optim_args='bteas=1': Hugging Face gives adamw_torch none; its flags are adam_beta1",
+    ),
+    "options of Adafactor": (
+        {"optim": "adafactor", "optim_args": "x=1"},
+        "optim_args='x=1': Hugging Face gives adafactor none",
     ),
     "no steps": ({"max_steps": 0}, "max_steps=0 is not valid"),
     "no epochs": ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs=0"),
@@ -193,6 +209,13 @@ def test_a_run_that_diverges_fails_and_saves_nothing(
     assert run.record["results"]["processes"] == 1
     assert not [file.name for file in run.folder.rglob("*") if file.suffix in (".safetensors", ".bin", ".pt")]
     assert "diverged" in (run.folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("key", ["loss", "eval_loss", "train_loss"])
+def test_any_loss_that_is_not_finite_ends_the_run(key: str) -> None:
+    state = TrainerState(global_step=3)
+    with pytest.raises(RunError, match=rf"^{key} is nan at step 3: the run has diverged"):
+        StopOnNonFinite().on_log(None, state, None, {key: math.nan})  # type: ignore[arg-type]
 
 
 def test_too_little_memory_is_said(finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

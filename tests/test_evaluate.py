@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -234,6 +236,25 @@ def test_rows_are_cut_to_the_length_that_is_asked_for(
 def test_flags_of_finetune_go_over_the_runs_own(run: Run, evaluate: Callable[..., Any]) -> None:
     """--eval_dataset_name or another size of what is held out: the first of the same shuffled rows."""
     assert evaluate(run.folder, "--val_set_size", "4")["rows"] == 4
+
+
+def test_a_runs_layout_and_its_push_to_the_hub_play_no_part(
+    run: Run, tmp_path: Path, evaluate: Callable[..., Any]
+) -> None:
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config |= {"push_to_hub": True, "deepspeed": "nowhere.json", "fsdp": "full_shard", "fsdp_config": {"version": 2}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert evaluate(folder)["loss"] == run.record["results"]["eval_loss"]
+
+
+def test_a_run_whose_rate_followed_its_losses(
+    finetune: Callable[..., Run], tmp_path: Path, evaluate: Callable[..., Any]
+) -> None:
+    held_out = {"val_set_size": 4, "eval_strategy": "steps", "eval_steps": 2}
+    run = finetune(tmp_path / "run", lr_scheduler_type="reduce_lr_on_plateau", learning_rate=0.01, **held_out)
+    assert run.code == 0
+    assert evaluate(run.folder)["rows"] == 4
 
 
 def test_the_table_shows_the_same_numbers(

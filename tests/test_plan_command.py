@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,7 +19,7 @@ from to_finetune.cli import main
 from to_finetune.optim import DiagonalTO, FullTO, RankOneTO
 from to_finetune.planning import GPUS, UTILISATION, CannotSay, Lora, load_blueprint, plan
 from to_finetune.training import memory
-from to_finetune.training.plan import parse_for_plan, settings_of, steps
+from to_finetune.training.plan import _live_layout, parse_for_plan, settings_of, steps
 from to_finetune.units import format_size, parse_size
 
 from .helpers import Run, flags
@@ -388,6 +389,12 @@ BAD: dict[str, tuple[list[str], list[str]]] = {
     "rows of any length": (["MODEL", "--max_length", "none"], ["max_length is not set"]),
     "optimizer that is not there": (["MODEL", "--optim", "galore_adamw"], ["optim=galore_adamw", "not known"]),
     "compiled step": (["MODEL", "--torch_compile", "true"], ["torch_compile=True", "not known"]),
+    "other kernels": (["MODEL", "--use_liger_kernel", "true"], ["use_liger_kernel=True", "not known"]),
+    "offloaded activations": (
+        ["MODEL", "--activation_offloading", "true"],
+        ["activation_offloading=True", "not known"],
+    ),
+    "smoothed labels": (["MODEL", "--label_smoothing_factor", "0.1"], ["label_smoothing_factor=0.1", "not known"]),
     "quantised and sharded": (
         ["MODEL", "--load_in_4bit", "true", "--unfrozen_last_layers", "1", "--layout", "zero3"],
         ["4bit", "zero3", "cannot be planned"],
@@ -457,6 +464,26 @@ def test_a_run_that_cannot_be_planned_goes_on(
     assert run.record["memory"]["planned"] is None
     assert run.record["memory"]["not_planned"] == "It would be a guess."
     assert "Memory: not planned. It would be a guess." in capsys.readouterr().out
+
+
+def test_the_layout_of_a_live_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def zero(stage: int, offload: bool) -> Any:
+        return SimpleNamespace(zero_stage=stage, hf_ds_config=SimpleNamespace(is_offload=lambda: offload))
+
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    args: Any = SimpleNamespace(n_gpu=1, device=torch.device("cuda"), deepspeed_plugin=None, fsdp=False)
+    found = [_live_layout(args)]
+    for args.deepspeed_plugin in (zero(2, False), zero(3, True)):
+        found.append(_live_layout(args))
+    args.deepspeed_plugin = None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert [*found, _live_layout(args)] == ["ddp", "zero2", "zero3_offload", "fsdp2"]
+    monkeypatch.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
+    with pytest.raises(CannotSay, match="FSDP2 is planned with FSDP_RESHARD_AFTER_FORWARD=true alone"):
+        _live_layout(args)
+    args.n_gpu = 2
+    with pytest.raises(CannotSay, match="One process drives 2 GPUs"):
+        _live_layout(args)
 
 
 def test_a_peak_of_an_earlier_run_is_not_taken_for_this_ones(monkeypatch: pytest.MonkeyPatch) -> None:

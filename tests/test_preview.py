@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from datasets import Dataset
@@ -162,6 +163,17 @@ def test_it_needs_no_weights(command: Callable[..., tuple[int, str]], llama: Pat
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / file).write_bytes((llama / file).read_bytes())
     assert command("--rows=1", model_name_or_path=tmp_path)[0] == 0
+
+
+def test_it_makes_no_repository(command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    with (
+        mock.patch("huggingface_hub.create_repo") as created,
+        mock.patch("transformers.trainer.Trainer.init_hf_repo", autospec=True) as begun,
+    ):
+        assert command(push_to_hub=True)[0] == 0
+    begun.assert_not_called()
+    created.assert_not_called()
 
 
 @pytest.mark.parametrize(

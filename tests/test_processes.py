@@ -180,3 +180,10 @@ def test_a_layout_that_would_not_step_as_asked_is_refused(state: dict[str, Any],
         check_layout(args, SimpleNamespace(**state), True, optimizer)
     check_layout(args, SimpleNamespace(deepspeed_plugin=object()), True, None)
     check_layout(args, SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=2)), True, None)
+
+
+def test_deepspeed_that_accelerate_does_without_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    args: Any = SimpleNamespace(optim="diagonal_to", device=torch.device("cpu"))
+    with pytest.raises(UsageError, match="DeepSpeed was asked for, and accelerate does without it on cpu"):
+        check_layout(args, SimpleNamespace(), False, None)

@@ -27,7 +27,7 @@ from to_finetune.model.run import FinetunedRun, find_run
 from to_finetune.report.push import push
 from to_finetune.training.arguments import without_secrets
 
-from .helpers import LAYER_WEIGHTS, Run, assert_same_bits
+from .helpers import LAYER_WEIGHTS, Run, assert_same_bits, write_jsonl
 
 TOKEN = "hf_ThisIsTheSecret"
 TRAINED = {"README.md", "config.yaml", "loss.png", "run.json", "tokenizer.json", "tokenizer_config.json"}
@@ -269,6 +269,14 @@ def test_adapters_go_with_what_peft_needs(finetune: Callable[..., Run], tmp_path
     assert "library_name: peft" in card
     assert 'AutoPeftModelForCausalLM.from_pretrained("me/tiny")' in card
     assert "- lora_target_modules: `q_proj`\n" in card
+
+
+def test_a_chat_template_goes_along(finetune: Callable[..., Run], tmp_path: Path, hub: Hub) -> None:
+    turns = [{"role": "user", "content": "red?"}, {"role": "assistant", "content": "blue"}]
+    rows = write_jsonl(tmp_path / "chats.jsonl", [{"messages": turns}] * 4)
+    run = finetune(tmp_path / "run", dataset_name=rows, max_steps=1)
+    assert main(["push", str(run.folder), "--repo_id", "me/tiny"]) == 0
+    assert hub.files["chat_template.jinja"] == (run.folder / "chat_template.jinja").read_bytes()
 
 
 def test_models_and_data_of_the_hub_are_linked() -> None:

@@ -17,7 +17,16 @@ import pytest
 import torch
 import yaml
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from to_finetune.cli import main
 from to_finetune.errors import RunError
@@ -275,6 +284,14 @@ def test_memory_is_drawn_to_scale(run: Path, others: list[Path]) -> None:
         ("25.00", [("1", "2.00 MB")]),
         ("100.00", [("8000000", "frozen: 8.00 MB")]),
     ]
+
+
+def test_what_is_said_of_memory_and_of_nothing_frozen(tmp_path: Path) -> None:
+    memory = {"planned": None, "not_planned": "It would be a guess.", "measured": 2_000_000, "kind": "resident"}
+    text = page_of(made(tmp_path / "run", memory=memory, proofs={"frozen_tensors_unmoved": 0})).text
+    assert "It would be a guess." in text
+    assert "Measured is by how much the process grew, libraries and all." in text
+    assert "frozen tensors changed" not in text
 
 
 def test_answers_before_and_after(run: Path) -> None:
@@ -855,6 +872,21 @@ def test_a_model_that_cannot_answer_still_trains(
     assert "No sample answers: RuntimeError: no room" in caplog.text
     assert not (run.folder / "samples.json").exists()
     assert "‖u‖‖v‖" in Page(run.folder / "report.html").text
+
+
+def test_answers_end_where_the_positions_do(
+    finetune: Callable[..., Run], llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a model that has too few for a whole answer."""
+    base = tmp_path / "gpt2"
+    config = GPT2Config(vocab_size=300, n_positions=200, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(base)
+    AutoTokenizer.from_pretrained(llama).save_pretrained(base)
+    options = {"unfrozen_parameters": [r"h\.1\."], "max_length": 200, "learning_rate": 0.001}
+    run = finetune(tmp_path / "run", model_name_or_path=base, answer_tokens=64, **options)
+    assert run.code == 0
+    assert "No sample answers" not in caplog.text
+    assert (run.folder / "samples.json").exists()
 
 
 @pytest.mark.parametrize("options", [{"optim": "adamw_torch"}, {"optim_args": "alpha=0"}], ids=["adamw", "alpha 0"])

@@ -8,18 +8,20 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import yaml
+from torch.distributed import ReduceOp
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 from to_finetune.errors import RunError, UsageError
 from to_finetune.model import save_trained, select_trainable
-from to_finetune.training.callbacks import StopOnNonFinite
-from to_finetune.training.record import RunRecord
+from to_finetune.training.callbacks import SaveOnSignal, StopOnNonFinite
+from to_finetune.training.record import RunRecord, resume_point
 
 from .helpers import Run, assert_same_bits
 
@@ -282,6 +284,18 @@ def test_a_second_signal_stops_at_once(finetune: Finetune, tmp_path: Path) -> No
     assert not list(tmp_path.rglob("trained.safetensors"))
 
 
+def test_a_signal_that_came_to_another_process_stops_this_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_reduce(flag: torch.Tensor, op: Any) -> None:
+        flag.fill_(max(int(flag), 1) if op == ReduceOp.MAX else min(int(flag), 1))
+
+    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    args: Any = SimpleNamespace(world_size=2, device="cpu", save_total_limit=None)
+    signals, control = SaveOnSignal(), TrainerControl()
+    signals.on_step_end(args, TrainerState(), control)
+    assert (signals.received, signals.stopped) == (None, signal.SIGTERM)
+    assert (control.should_save, control.should_training_stop) == (True, True)
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -316,6 +330,20 @@ def test_resuming_with_other_settings_is_refused(
     assert {file: file.read_bytes() for file in stopped.folder.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("model_revision", "unfrozen_last_layers", "load_in_4bit", "lora_alpha", "warmup_steps", "warmup_ratio"),
+        *("max_grad_norm", "neftune_noise_alpha", "assistant_only_loss", "chat_template_path", "truncation_mode"),
+        *("shuffle_dataset", "train_sampling_strategy", "dataloader_drop_last"),
+    ],
+)
+def test_whatever_settles_the_trajectory_must_agree(tmp_path: Path, key: str) -> None:
+    (tmp_path / "config.yaml").write_text(f"{key}: 1\n")
+    with pytest.raises(UsageError, match=f"had {key}=1, now 2"):
+        RunRecord(str(tmp_path), {key: 2}, 8).check_folder(str(tmp_path / "checkpoint-2"))
+
+
 def test_one_value_may_stand_as_a_list_or_in_quotes(tmp_path: Path) -> None:
     """As in a config.yaml that was written by hand; the batch of each process may be another."""
     (tmp_path / "config.yaml").write_text(
@@ -343,6 +371,10 @@ def test_resuming_without_a_checkpoint_is_refused(
     assert finetune(tmp_path / "empty", resume_from_checkpoint=asked).code == 2
     assert f"resume_from_checkpoint='{asked}'" in capsys.readouterr().err
     assert not (tmp_path / "empty").exists()
+
+
+def test_false_names_no_checkpoint(tmp_path: Path) -> None:
+    assert resume_point("False", str(tmp_path)) is resume_point(None, str(tmp_path)) is None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

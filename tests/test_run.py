@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import matplotlib.pyplot as plt
@@ -19,15 +20,18 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerState
 
 from to_finetune.data.preview import IGNORED
 from to_finetune.errors import UsageError
 from to_finetune.files import whole, write_whole
 from to_finetune.finetune import main, summary
-from to_finetune.model import load_finetuned
+from to_finetune.model import load_finetuned, save_trained, select_trainable
+from to_finetune.model.adapters import lora_config, with_adapters
+from to_finetune.model.trained import Base, read_trained
+from to_finetune.training.callbacks import TerminalLines
 from to_finetune.training.optimizers import recommended_learning_rate
-from to_finetune.training.record import RunRecord
+from to_finetune.training.record import RunRecord, summarise
 
 from .helpers import LAYER_WEIGHTS, Run, assert_same_bits
 
@@ -69,6 +73,23 @@ def test_the_saved_file_names_its_base(run: Run, llama: Path) -> None:
     data = (run.folder / "trained.safetensors").read_bytes()
     (header_size,) = struct.unpack("<Q", data[:8])
     assert json.loads(data[8 : 8 + header_size])["__metadata__"]["base_model_name_or_path"] == str(llama)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_the_saved_file_names_its_bases_commit(llama: Path, tmp_path: Path, adapters: bool) -> None:
+    """What trained is put onto the very weights that it trained on, whatever has become of the base since."""
+    model: Any = AutoModelForCausalLM.from_pretrained(llama)
+    model.config._commit_hash = "abc"
+    select_trainable(model, [r"layers\.3\."])
+    model = with_adapters(model, lora_config(4, 8, 0.0, ["q_proj"])) if adapters else model
+    save_trained(model, tmp_path)
+    assert read_trained(tmp_path)[1] == Base(str(llama), "abc")
+
+
+def test_a_file_that_names_no_base_is_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "trained.safetensors")
+    with pytest.raises(UsageError, match="does not say which base model it belongs to"):
+        read_trained(tmp_path)
 
 
 @pytest.mark.parametrize("folder", [".", "checkpoint-4"])
@@ -196,6 +217,25 @@ def test_the_mean_training_loss_is_over_all_steps(finetune: Callable[..., Run], 
     history = run.trainer.state.log_history
     assert [row["step"] for row in history if "loss" in row] == [4, 5]
     assert run.record["results"]["train_loss_mean"] == pytest.approx(history[-1]["train_loss"], rel=1e-6)
+
+
+def test_the_first_fifth_of_the_losses_has_a_mean_of_its_own() -> None:
+    history = [{"step": step, "loss": float(step)} for step in range(1, 12)]
+    results = summarise(history)
+    assert (results["train_loss_first_fifth"], results["train_loss_mean"]) == (1.5, 6.0)
+    assert summarise(history[:4])["train_loss_first_fifth"] is None
+
+
+def test_a_log_is_one_line_and_of_the_first_process_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    logs = {"loss": 2.0, "learning_rate": 0.008, "grad_norm": 1.5, "estimate_error": 0.25, "gradient_peak": 0.5}
+    logs |= {"skipped_steps": 2, "tokens_per_second": 1234.0, "epoch": 1}
+    for first in (True, False):
+        state = TrainerState(global_step=7, max_steps=100, is_world_process_zero=first)
+        TerminalLines().on_log(None, state, None, logs)  # type: ignore[arg-type]
+    assert capsys.readouterr().out == (
+        "step   7/100  loss 2.0000  lr 8.00e-03  |g| 1.50e+00  estimate error 0.250  peak 0.50  2 steps skipped  "
+        "1,234 tokens/s\n"
+    )
 
 
 def test_what_is_not_written_to_its_end_is_not_there(tmp_path: Path) -> None:

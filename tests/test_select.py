@@ -308,6 +308,11 @@ def test_a_share_is_rounded_down(llama: Path, share: float, each: int) -> None:
     assert [t.chosen for t in scored] == 2 * ([True] * each + [False] * (4 - each))
 
 
+def test_a_share_that_is_a_whole_number_is_not_rounded_down_by_its_float() -> None:
+    """100 * 0.29 is 28.999999999999996."""
+    assert [spectrum._share_of(100, share) for share in (0.29, 0.295, 0.3)] == [29, 29, 30]
+
+
 def test_types_are_modules_of_the_model(llama: Path) -> None:
     assert {t.module for t in select_by_snr(llama, 1.0, ["q_proj", "mlp"])} == {PROJECTIONS[0], *PROJECTIONS[4:]}
     assert [t.name for t in select_by_snr(llama, 1.0, ["lm_head"])] == ["lm_head.weight"]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from to_finetune.errors import UsageError
 from to_finetune.model import select_trainable
-from to_finetune.model.select import chosen_patterns
+from to_finetune.model.select import chosen_patterns, listed
 
 from .helpers import LAYER_WEIGHTS, Run, assert_same_bits
 
@@ -136,6 +136,11 @@ def test_the_three_flags_come_to_patterns(model: PreTrainedModel, tmp_path: Path
     assert chosen_patterns(sizes, None, None, None) is None
 
 
+def test_a_file_of_patterns_may_end_in_yml(tmp_path: Path) -> None:
+    (tmp_path / "subset.yml").write_text("unfrozen_parameters:\n- mlp\n")
+    assert listed([str(tmp_path / "subset.yml")]) == ["mlp"]
+
+
 @pytest.mark.parametrize(("last", "types"), [(1, None), (None, ["mlp"]), (1, ["mlp"])])
 def test_two_ways_to_say_what_trains_are_one_too_many(last: int | None, types: list[str] | None) -> None:
     with pytest.raises(UsageError, match=r"unfrozen_parameters and unfrozen_\w+ both say what trains: use one way"):
@@ -194,3 +199,12 @@ def test_gradient_checkpointing_changes_nothing_but_the_memory(finetune: Callabl
     (_, gradients), (taking_part, checkpointed_gradients) = (backward(model) for model in models)
     assert taking_part == [False, False, True, True]
     assert_same_bits(checkpointed_gradients, gradients)
+
+
+def test_reentrant_checkpoints_train_as_well(finetune: Callable[..., Run], tmp_path: Path) -> None:
+    """They give no gradient unless their input requires one, which Hugging Face sees to."""
+    plain = finetune(tmp_path / "plain", max_steps=2)
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": '{"use_reentrant": true}'}
+    run = finetune(tmp_path / "run", max_steps=2, **reentrant)
+    assert run.code == 0
+    assert_same_bits(run.weights, plain.weights)

@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -25,12 +27,12 @@ from to_finetune import finetune as finetune_module
 from to_finetune.cli import main
 from to_finetune.errors import RunError, UsageError
 from to_finetune.model import select_trainable
-from to_finetune.report.sweep import findings, sweep_table
+from to_finetune.report.sweep import _top, findings, sweep_table
 from to_finetune.training import TOTrainer, TOTrainingArguments
 from to_finetune.training import trial as trial_module
 from to_finetune.training.optimizers import recommended_learning_rate
 from to_finetune.training.proofs import unwrapped
-from to_finetune.training.sweep import Sweep, sweep
+from to_finetune.training.sweep import Sweep, _ended, sweep
 
 from .helpers import flags
 from .test_trainer import arguments, rows
@@ -202,6 +204,30 @@ def test_bad_usage_in_a_trial_ends_the_sweep_with_its_sentence(
     assert in_process == ["trial-000", "trial-000", "trial-001"]
 
 
+def test_bad_usage_later_on_throws_nothing_away(
+    words: list[str], tmp_path: Path, pretence: Pretence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a sweep that goes on, where its first trial was stopped; and in one that has a trial already."""
+    pretence.stop_after = 0
+    with pytest.raises(KeyboardInterrupt):
+        sweep(words, RATES, 2, str(tmp_path / "stopped"))
+    pretence.stop_after = None
+    monkeypatch.setattr(trial_module, "finetune", lambda *given: 2 if pretence.seen else pretence(*given))
+    with pytest.raises(UsageError, match=r"^trial-001: "):
+        sweep(words, RATES, 2, str(tmp_path / "new"))
+    with pytest.raises(UsageError, match=r"^trial-000: "):
+        sweep(words, RATES, 2, str(tmp_path / "stopped"))
+    assert (tmp_path / "new" / "trial-000" / "run.json").exists()
+    assert (tmp_path / "stopped" / "sweep.journal").exists()
+
+
+def test_with_several_gpus_a_trial_takes_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with mock.patch("subprocess.Popen", side_effect=FileNotFoundError) as started, pytest.raises(FileNotFoundError):
+        trial_module.finetune(["--seed", "1"], tmp_path / "log.txt", lambda line: None)
+    assert started.call_args[0][0][1:] == ["-m", "to_finetune.cli", "train", "--seed", "1"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_a_checkpoint_and_the_same_command_goes_on(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
@@ -291,6 +317,12 @@ def test_several_ranges_spread_first_and_then_close_in(words: list[str], tmp_pat
     assert made.best in rest
 
 
+def test_a_list_beside_a_range_is_spread_as_well(words: list[str], tmp_path: Path, pretence: Pretence) -> None:
+    made = sweep(words, [*RATES, "alpha=0.1,0.3"], 8, str(tmp_path / "sweep"))
+    assert {trial.values["alpha"] for trial in made.trials[:4]} == {0.1, 0.3}
+    assert "Sensitivity: not known, the trials differ in more than the rate" in said(made)
+
+
 def test_whole_numbers_stay_whole(words: list[str], tmp_path: Path, pretence: Pretence) -> None:
     pretence.loss = lambda values: values["gradient_accumulation_steps"]
     made = sweep(words, ["gradient_accumulation_steps=1..4"], 9, str(tmp_path / "few"))
@@ -332,6 +364,21 @@ def test_more_trials_and_seeds_go_on_from_what_is_there(words: list[str], tmp_pa
     assert more.judgement() == (pytest.approx(more.best.loss + 2), pytest.approx(1.0))
     sweep(words, RATES, 7, folder, seeds=[3, 1])
     assert len(pretence.seen) == 10
+
+
+def test_a_trial_that_failed_begins_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """finetune.py would refuse one that holds a run."""
+    found: list[Path] = []
+
+    def finetune(words: Sequence[str], log: Path, on_line: Any) -> int:
+        found.extend(log.parent.iterdir())
+        return 1
+
+    (tmp_path / "trial").mkdir()
+    (tmp_path / "trial" / "run.json").write_text('{"status": "failed"}')
+    monkeypatch.setattr(trial_module, "finetune", finetune)
+    assert trial_module.trained(tmp_path / "trial", [], print) == {}
+    assert found == []
 
 
 def test_a_folder_of_another_sweep_is_refused_with_what_differs(
@@ -420,6 +467,20 @@ def test_single_failures_are_left_for_the_same_command(
     assert [values["learning_rate"] for values in pretence.seen] == [0.001, 0.01, 0.1, 0.01]
 
 
+def test_failures_that_are_not_in_a_row_do_not_end_it(words: list[str], tmp_path: Path, pretence: Pretence) -> None:
+    pretence.loss = lambda values: -math.inf if len(pretence.seen) % 2 else values["learning_rate"]
+    made = sweep(words, RATES, 6, str(tmp_path / "sweep"))
+    assert [trial.status for trial in made.trials] == ["failed", "done"] * 3
+
+
+def test_weights_that_are_not_finite_have_diverged(tmp_path: Path) -> None:
+    (tmp_path / "trial-000").mkdir()
+    made: Any = SimpleNamespace(folder=tmp_path)
+    for error, status in (("2 trained tensors are not finite, a first", "diverged"), ("No weight moved", "failed")):
+        (tmp_path / "trial-000" / "run.json").write_text(json.dumps({"error": f"RunError: {error}"}))
+        assert _ended(made, 0, {}, "trial-000", None).status == status
+
+
 def test_where_all_diverge_there_is_no_best(words: list[str], tmp_path: Path, pretence: Pretence) -> None:
     pretence.loss = lambda values: math.inf
     with pytest.raises(RunError, match="None of 2 trials has a loss; trial-000: RunError: loss is nan"):
@@ -434,6 +495,22 @@ def test_the_table_has_the_best_first_and_marked(words: list[str], tmp_path: Pat
     assert [line for line in lines if "★" in line] == [line for line in lines if "trial-003" in line]
     assert "31.6456" in lines[4]
     assert "diverged" in next(line for line in lines if "trial-004" in line)
+
+
+def test_a_loss_far_above_most_does_not_press_the_others_flat() -> None:
+    assert _top([50.0, 1.1, 1.0, 1.2]) == pytest.approx(1 + 6 * 0.2)
+
+
+def test_a_token_is_written_and_shown_nowhere(
+    words: list[str], tmp_path: Path, pretence: Pretence, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "sweep"
+    given = ["--hub_token", "hf_secret", "--search", *RATES, "--trials", "2", "--output_dir", str(folder)]
+    assert main(["sweep", *words, *given]) == 0
+    shown = capsys.readouterr().out
+    assert "--hub_token '***'" in shown
+    assert "hf_secret" not in shown
+    assert [file for file in folder.rglob("*") if file.is_file() and b"hf_secret" in file.read_bytes()] == []
 
 
 # What is refused

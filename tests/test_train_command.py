@@ -104,6 +104,17 @@ def test_what_is_launched(
     assert capsys.readouterr().out == f"$ {shlex.join(launches.commands[0])}\n"
 
 
+def test_a_token_is_not_shown(
+    launches: Launches, with_gpus: Callable[[int], None], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_gpus(0)
+    assert main(["train", *words, "--hub_token", "hf_secret"]) == 0
+    assert launches.commands[0][-2:] == ["--hub_token", "hf_secret"]
+    shown = capsys.readouterr().out
+    assert shown.endswith("--hub_token '***'\n")
+    assert "hf_secret" not in shown
+
+
 def test_on_the_cpu_the_gpus_are_not_counted(
     launches: Launches, with_gpus: Callable[[int], None], words: list[str]
 ) -> None:
@@ -244,6 +255,22 @@ def test_of_several_processes_it_is_the_code_of_the_one_that_failed(tmp_path: Pa
     script = tmp_path / "script.py"
     script.write_text(f"import os, signal, sys\n{body}\n")
     assert launch(["torchrun", "--standalone", "--nproc_per_node", "2", str(script)]) == code
+
+
+def test_a_signal_goes_on_to_the_processes_and_not_to_their_launcher(tmp_path: Path) -> None:
+    """Which would kill them after half a minute; they end by themselves, and it waits for that."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "here, rank = pathlib.Path(__file__).parent, os.environ['RANK']\n"
+        "signal.signal(signal.SIGTERM, lambda *_: ((here / f'saved-{rank}').touch(), sys.exit(0)))\n"
+        "(here / f'ready-{rank}').touch()\n"
+        "while len(list(here.glob('ready-*'))) < 2: time.sleep(0.01)\n"
+        "if rank == '0': os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(60)\n"
+    )
+    assert launch(["torchrun", "--standalone", "--nproc_per_node", "2", str(script)]) == 0
+    assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
 
 
 def test_accelerate_is_given_the_words_after_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -160,6 +160,22 @@ def test_a_csv_with_cells_in_no_column_is_refused(tmp_path: Path) -> None:
         load_data([str(tmp_path / "rows.csv")])
 
 
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ("prompt,completion\nred,blue,green\n", r"b\.csv' has 2 columns, and a row of 3 cells"),
+        ("prompt,more,completion\nred,and,blue\n", r"b\.csv' prompt, more, completion: they must be the same"),
+    ],
+    ids=["cells", "columns"],
+)
+def test_every_csv_of_several_is_looked_at(tmp_path: Path, other: str, said: str) -> None:
+    """What the first has no column for would be lost."""
+    (tmp_path / "a.csv").write_text("prompt,completion\nred,blue\n")
+    (tmp_path / "b.csv").write_text(other)
+    with pytest.raises(UsageError, match=said):
+        load_data([str(tmp_path / "*.csv")])
+
+
 def test_a_folder_is_evaluated_on_its_test_split(tmp_path: Path) -> None:
     for name, part in (("train", ALPACA_ROWS[:3]), ("test", ALPACA_ROWS[3:5])):
         write_jsonl(tmp_path / f"{name}.jsonl", part)

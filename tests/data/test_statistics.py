@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from to_finetune.data import check_labels
 from to_finetune.data.preview import IGNORED
-from to_finetune.data.statistics import Statistics, notes, statistics
+from to_finetune.data.statistics import Statistics, notes, statistics, table
 from to_finetune.errors import UsageError
 from to_finetune.training.prepare import data_report
 
@@ -57,6 +57,14 @@ def test_tokens_are_counted(prepare: Prepare, tokenizer: PreTrainedTokenizerBase
         last=tokenizer.eos_token_id,
     )
     assert 0 < sum(length > 200 for length in lengths) < 20
+
+
+def test_the_table_shows_the_counts() -> None:
+    part = Statistics(
+        20, 4000, 1000, shortest=7, mean=210.4, longest=1234, cut=3, lost=1, empty=0, ended=20, doubled=0, last=1
+    )
+    cells = [next(iter(column.cells)) for column in table({"training": part}).columns]
+    assert cells == ["training", "20", "4,000", "25.0%", "7", "210", "1,234", "3"]
 
 
 @pytest.mark.parametrize(
@@ -105,6 +113,12 @@ def test_empty_completions_are_counted(prepare: Prepare, tmp_path: Path) -> None
     rows = [*PAIRS, {"prompt": "red:\n", "completion": ""}, {"prompt": "red:\n", "completion": None}]
     shown = report(prepare(write_jsonl(tmp_path / "rows.jsonl", rows)))
     assert "2 of 6 training rows have an empty completion: they teach to say nothing." in shown
+
+
+def test_what_is_wrong_with_held_out_rows_is_said_too(prepare: Prepare, tmp_path: Path) -> None:
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", [*PAIRS, {"prompt": "red:\n", "completion": ""}])
+    shown = report(prepare(write_jsonl(tmp_path / "rows.jsonl", PAIRS), eval_dataset_name=held_out))
+    assert "1 of 5 held-out rows have an empty completion" in shown
 
 
 def test_good_data_are_no_cause_for_a_remark(prepare: Prepare, alpaca: Path) -> None:
@@ -164,6 +178,14 @@ def test_a_pad_token_may_be_named(prepare: Prepare, tmp_path: Path) -> None:
 def test_a_token_that_is_not_there_is_refused(prepare: Prepare, tmp_path: Path, flag: str) -> None:
     with pytest.raises(UsageError, match=rf"`{flag}` \('<end>'\) is not found in the vocabulary"):
         prepare(write_jsonl(tmp_path / "rows.jsonl", PAIRS), **{flag: "<end>"})
+
+
+def test_a_tokenizer_without_an_end_is_refused(prepare: Prepare, alpaca: Path, with_tokenizer: WithTokenizer) -> None:
+    def change(tokenizer: Any) -> None:
+        tokenizer.eos_token = None
+
+    with pytest.raises(UsageError, match="its tokenizer has no end-of-sequence token"):
+        prepare(alpaca, model_name_or_path=with_tokenizer(change))
 
 
 TURN_ENDS = (

@@ -132,6 +132,17 @@ def test_tools_reach_the_template(
     assert prepared(data) == [tokens(tokenizer, pieces)]
 
 
+def test_tools_of_prompts_and_completions_reach_the_template(
+    prepare: Prepare, tokenizer: PreTrainedTokenizerBase, with_tokenizer: Callable[..., Path], tmp_path: Path
+) -> None:
+    tools = [{"type": "function", "function": {"name": "look_up"}}]
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": CHAT[1:2], "completion": CHAT[2:3], "tools": tools}])
+    unmarked = UNMARKED + "{% if add_generation_prompt %}[assistant]{% endif %}"
+    model = with_tokenizer(set_template("{{ '[tools]' + tools[0].function.name }}" + unmarked))
+    data = prepare(rows, model_name_or_path=model).train_dataset
+    assert prepared(data) == [tokens(tokenizer, ["[tools]look_up[user]red?[assistant]", Learned("blue</s>")])]
+
+
 def refusal(prepare: Prepare, *args: Any, **options: Any) -> str:
     with pytest.raises(UsageError) as raised:
         prepare(*args, **options)

@@ -17,7 +17,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.nn import Parameter
 
-from to_finetune.optim import TrainableOptimizer
+from to_finetune.optim import DiagonalTO, RankOneTO, TrainableOptimizer
 from to_finetune.optim.checkpoint import load_state, load_weights, named, save_state, whole_weights
 
 from .helpers import OPTIMIZERS, STATE_NAMES, copies, flat, make_weights, run, step
@@ -98,6 +98,20 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(variant: str, dtypes
     for one, ps in ((optimizer, params), (fresh, resumed)):
         run(one, ps, 4, seed=2)
     assert_same_bits(optimizer, params, fresh, resumed)
+
+
+def test_what_a_version_with_fewer_options_has_saved_goes_on(variant: str) -> None:
+    params = make_weights()
+    optimizer = OPTIMIZERS[variant](params)
+    run(optimizer, params, 2)
+    old, resumed = copy.deepcopy(optimizer.state_dict()), copies(params)
+    for group in old["param_groups"]:
+        del group["skip_nonfinite"], group["capturable"], group["seed"]
+    fresh = OPTIMIZERS[variant](resumed)
+    fresh.load_state_dict(old)
+    for one, weights in ((optimizer, params), (fresh, resumed)):
+        run(one, weights, 1, seed=1)
+    assert torch.equal(flat(params), flat(resumed))
 
 
 def test_the_dtype_of_saved_state_outlives_a_cast_of_the_weights(variant: str) -> None:
@@ -244,6 +258,16 @@ def test_the_state_of_weights_of_another_shape_is_refused(variant: str, shape: t
     assert not optimizer.state
 
 
+def test_state_in_another_format_than_it_says_is_refused() -> None:
+    params = make_weights([(4, 3)], torch.float32)
+    optimizer = DiagonalTO(params)
+    run(optimizer, params, 1)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["state_dtype"] = "int8"
+    with pytest.raises(ValueError, match=r"'a' to load is torch\.float32, not int8"):
+        DiagonalTO(params).load_state_dict(saved)
+
+
 @pytest.mark.parametrize("state_dtype", [None, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("name", ["diagonal", "rank_one"])
 def test_weights_that_are_not_contiguous_are_saved_by_name(
@@ -286,6 +310,19 @@ def test_a_checkpoint_by_name_refuses_full(tmp_path: Path) -> None:
     assert not (tmp_path / "state").exists()
 
 
+def test_a_checkpoint_of_another_form_is_refused(tmp_path: Path) -> None:
+    model, other = small_model(), small_model()
+    optimizer = DiagonalTO(model.parameters())
+    run(optimizer, list(model.parameters()), 1)
+    save_state(model, optimizer, tmp_path / "state")
+    bfloat16 = DiagonalTO(other.parameters(), state_dtype="bfloat16")
+    for fresh, said in ((bfloat16, "or another state_dtype"), (RankOneTO(other.parameters()), "of another optimizer")):
+        with pytest.raises(RuntimeError, match=said):
+            load_state(other, fresh, tmp_path / "state")
+    with pytest.raises(RuntimeError, match=r"There is no '0\.weight' of 12 weights to load"):
+        load_weights(other, bfloat16, {"0.weight": torch.ones(2)})
+
+
 def test_names_are_those_without_any_wrapper() -> None:
     def model() -> nn.Module:
         layers = nn.ModuleDict({"module": nn.Linear(2, 2), "other": nn.Linear(2, 2)})
@@ -316,3 +353,16 @@ def test_a_weight_of_another_shape_than_its_state_is_refused(variant: str, fused
     p.data = torch.randn(300, 300)
     with pytest.raises(RuntimeError):
         run(optimizer, [p], 1)
+
+
+def test_what_a_wrapper_has_put_there_is_refused(variant: str) -> None:
+    """FSDP's first version, and what has another size."""
+    (p,) = make_weights([(3,)])
+    optimizer = OPTIMIZERS[variant]([p])
+    other: Any = make_weights([(7,)])
+    optimizer.param_groups[0]["params"] = other
+    with pytest.raises(RuntimeError, match="replaced by others of another size"):
+        run(optimizer, other, 1)
+    other[0]._fsdp_flattened = True
+    with pytest.raises(RuntimeError, match="use FSDP2"):
+        run(optimizer, other, 1)

@@ -150,6 +150,18 @@ def test_a_diverged_trial_is_infinite_from_there_on_and_leaves_the_others_alone(
     )
 
 
+def test_what_has_diverged_on_one_seed_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its loss is finite, and falls again; a thousand times the first loss is divergence."""
+    wild = iter([1.0, 1001.0, 1.0, 1.0])
+
+    def taken(*given: Any) -> Tensor:
+        return torch.tensor([[next(wild)], [1.0]], dtype=torch.float64)
+
+    monkeypatch.setattr("to_finetune.paper.members.training_loss", taken)
+    losses = train(problem(), METHODS["momentum"], a_few("momentum")[:1], SEEDS, **SETTINGS)
+    assert losses.isinf().squeeze(1).tolist() == [[False, True, True, True], [False] * 4]
+
+
 def test_members_that_do_not_fit_together_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     task, trials = problem(), a_few("diagonal_to")
     done: list[int] = []

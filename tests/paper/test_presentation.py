@@ -405,6 +405,11 @@ def test_a_trial_says_so(result: dict[str, Any]) -> None:
     assert "A trial, not a result" in page.html({"kdd-ffn": result}, None, [])
 
 
+def test_a_case_of_a_reduced_protocol_says_so(result: dict[str, Any]) -> None:
+    result["protocol"]["name"] = "reduced"
+    assert "KDD, reduced" in tables.make({"kdd-convex": result}, "table3", "minimum").groups["convex"]
+
+
 def test_without_results_there_is_nothing_to_draw(tmp_path: Path) -> None:
     (tmp_path / "tables.json").write_text("{}")
     with pytest.raises(UsageError, match="no results"):

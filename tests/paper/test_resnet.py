@@ -217,6 +217,20 @@ def test_a_diverged_training_stops_early_and_has_no_numbers(images: Images, monk
     assert len(taken) == 2
 
 
+def test_the_criterion_is_taken_over_its_own_rows(images: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[tuple[int, int]] = []
+
+    def loss(network: nn.Module, x: Tensor, y: Tensor) -> float:
+        rows.append((len(x), len(y)))
+        return 1.0
+
+    monkeypatch.setattr(resnet, "training_loss", loss)
+    protocol = replace(TINY, evaluated_rows=16)
+    x, y = resnet._inputs(images, protocol, CPU)
+    resnet.train_once(18, METHODS["adam"], rates_of("adam"), 0, x, y, protocol)
+    assert rows == [(16, 16)] * 3
+
+
 def test_inputs_are_the_first_images_averaged_and_standardised(images: Images) -> None:
     x, y = resnet._inputs(images, TINY, CPU)
     assert x.shape == (32, 3, 8, 8)

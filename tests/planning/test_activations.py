@@ -189,6 +189,13 @@ def test_counts_what_an_optimizer_needs_for_a_moment(small: Blueprint, options: 
     assert abs(planned - measured) < max(0.02 * measured, 4096)
 
 
+def test_the_optimizers_own_step_may_be_the_peak(small: Blueprint) -> None:
+    """On a GPU torch's AdamW takes copies of all weights at once."""
+    work = Workload(small, None, rows=1, length=8)
+    ours, adam = plan(Settings(work)), plan(Settings(work, optimizer=torch.optim.AdamW))
+    assert adam.activations == 4 * adam.trained_weights > 2 * ours.activations
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("subset", SUBSETS)

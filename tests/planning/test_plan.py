@@ -17,6 +17,7 @@ from to_finetune.planning import (
     LAYOUTS,
     Blueprint,
     CannotSay,
+    Lora,
     Settings,
     Workload,
     load_blueprint,
@@ -24,10 +25,12 @@ from to_finetune.planning import (
     plan,
     plan_table,
     proposals,
+    proposals_text,
     speed,
+    verdict,
 )
 from to_finetune.planning.dry_run import dry_run
-from to_finetune.planning.fit import _quantized_base
+from to_finetune.planning.fit import _quantized_base, _smaller_batches, _smaller_state
 from to_finetune.units import parse_size
 
 LAST_TWO = (r"model\.layers\.(30|31)\.",)
@@ -107,6 +110,40 @@ def test_shares_add_up(tiny: Blueprint) -> None:
         assert one.state <= 4 * four.state < 1.02 * one.state
 
 
+def test_gradients_are_counted_once_in_every_layout(small: Blueprint) -> None:
+    """Where they are kept they are in the run's peak; where each is shared out at once they are not."""
+    work = Workload(small, None, rows=1, length=8)
+    made = {name: plan(Settings(work, layout=name, processes=2)) for name in LAYOUTS}
+    assert made["zero1"].activations == made["ddp"].activations
+    for name in ("fsdp2", "zero2", "zero3"):
+        assert made[name].activations < made["ddp"].activations + made["ddp"].gradients / 2
+
+
+def test_what_fsdp2_has_whole_at_once(small: Blueprint) -> None:
+    """Two layers and the buffer they arrive in, the gradients of one and the buffer they leave in; and the head."""
+    made = plan(Settings(Workload(small, (r"layers\.5\.",), rows=1, length=8), layout="fsdp2", processes=2))
+    alone = plan(replace(made.settings, processes=1))
+    assert made.buffers - alone.buffers == 4 * (5 * made.trained_weights + 2000 * 256)
+
+
+def test_what_zero3_gathers(small: Blueprint) -> None:
+    work = Workload(small, (r"layers\.5\.",), rows=1, length=8)
+    two, three = (plan(Settings(work, layout=layout, processes=2)) for layout in ("zero2", "zero3"))
+    assert three.buffers - two.buffers == 4 * three.total_weights
+
+
+def test_what_lies_in_the_cpus_memory_and_on_disk(small: Blueprint) -> None:
+    """State, 32-bit weights and gradients, 16-bit ones on their way; a TO saves DeepSpeed's 32-bit weights."""
+    work = Workload(small, None, rows=1, length=8, mixed_precision="bfloat16")
+    made = plan(Settings(work, layout="zero2_offload", processes=2))
+    assert made.host * 2 / made.trained_weights - (8 + 2 * 4 + 2) < 0.01
+    assert made.host * 2 / made.trained_weights >= 8 + 2 * 4 + 2
+    assert made.saved == 4 * made.trained_weights
+    adapters = Workload(small, rows=1, length=8, dtype="bfloat16", lora=Lora(4))
+    made = plan(Settings(adapters, layout="fsdp2", processes=2))
+    assert made.saved == 4 * made.trained_weights  # float32 on any base
+
+
 def test_proposes_the_mildest_change_that_fits(small: Blueprint) -> None:
     work = Workload(small, (r"layers\.[3-5]\.",), rows=8, length=128, device="cpu")
     settings = Settings(work)
@@ -135,8 +172,25 @@ def test_proposes_several_changes_where_one_is_not_enough(small: Blueprint) -> N
     assert nearest.plan.settings.tokens_per_step == settings.tokens_per_step
 
 
+def test_the_last_resort_is_fewer_layers_with_all_that_helps(small: Blueprint) -> None:
+    work = Workload(small, (r"layers\.[3-5]\.",), rows=8, length=128, device="cpu")
+    lean = replace(work, unfrozen_parameters=(r"layers\.5\.",), rows=1, checkpointing=True, quantization="4bit")
+    least = plan(Settings(lean, accumulation=8, optimizer_options={"state_dtype": "int8"})).total
+    (only,) = proposals(Settings(work), least)
+    assert only.plan.total == least
+    assert only.changes[-2:] == ("--load_in_4bit true", "--unfrozen_last_layers 1")
+
+
 def test_proposes_nothing_where_nothing_fits(tiny: Blueprint) -> None:
     assert proposals(Settings(Workload(tiny, (r"layers\.2\.",), rows=1, length=8)), 1000) == []
+
+
+def test_advice_in_print(small: Blueprint) -> None:
+    """How much is missing, and the flags, one a line."""
+    settings = Settings(Workload(small, (r"layers\.[3-5]\.",), rows=8, length=128, device="cpu"))
+    made = plan(settings)
+    assert verdict(made, made.total - 2_000_000).plain.endswith(": 2.00 MB too much")
+    assert "\n    --gradient_checkpointing true" in proposals_text(proposals(settings, made.total - 1)).plain
 
 
 def test_of_joined_rows_flash_attention_reads_each_alone(small: Blueprint) -> None:
@@ -159,6 +213,13 @@ def test_proposes_smaller_batches_of_joined_rows(small: Blueprint) -> None:
     proposal = proposals(Settings(work), budget)[0]
     assert proposal.changes == ("--per_device_train_batch_size 4 --gradient_accumulation_steps 2",)
     assert proposal.plan.settings.work.joined
+
+
+def test_smaller_batches_keep_the_rows_of_a_step(small: Blueprint) -> None:
+    settings = Settings(Workload(small, rows=4, length=8), accumulation=3)
+    levels = _smaller_batches(settings)
+    assert levels[0][0] == "--per_device_train_batch_size 2 --gradient_accumulation_steps 6"
+    assert {level.tokens_per_step for _, level in levels} == {settings.tokens_per_step}
 
 
 def test_picks_as_many_last_layers_as_fit(six_layers: Blueprint) -> None:
@@ -253,3 +314,18 @@ def test_a_proposal_of_fewer_bits_can_be_copied_behind_the_flags(small: Blueprin
         settings = Settings(replace(work, quantization=quantization))
         text, lean = _quantized_base(settings)[-1]
         assert (text, lean.work.quantization) == (words, "4bit")
+
+
+def test_no_bits_are_proposed_that_a_run_would_refuse(small: Blueprint) -> None:
+    """Of a base that is shared out, or that trains whole."""
+    work = Workload(small, (r"layers\.5\.",), rows=1, length=8)
+    assert _quantized_base(Settings(work))
+    assert _quantized_base(Settings(work, layout="fsdp2", processes=2)) == []
+    assert _quantized_base(Settings(replace(work, unfrozen_parameters=None))) == []
+
+
+def test_a_proposal_of_smaller_state_can_be_copied_behind_the_flags(small: Blueprint) -> None:
+    """Among the options the rate is refused: it is a flag of its own."""
+    settings = Settings(Workload(small, rows=1, length=8), optimizer_options={"lr": 0.1, "alpha": 0.3})
+    texts = [text for text, _ in _smaller_state(settings)]
+    assert texts == [f"--optim_args alpha=0.3,state_dtype={name}" for name in ("bfloat16", "int8")]
