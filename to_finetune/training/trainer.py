@@ -61,9 +61,10 @@ class TrainableOptimizerMixin(_Base):
         super().__init__(*args, **kwargs)
         given = getattr(self, "optimizer_cls_and_kwargs", None)
         if not (isinstance(self.args, TrainableOptimizerArguments) or given or self.optimizer):
+            optim = OptimizerNames(self.args.optim).value
             raise UsageError(
-                f"{type(self).__name__} would train with {OptimizerNames(self.args.optim).value}: give it TOTrainingArguments, or your own "
-                "arguments with TrainableOptimizerArguments before them."
+                f"{type(self).__name__} would train with {optim}: give it TOTrainingArguments, or your own arguments "
+                "with TrainableOptimizerArguments before them."
             )
         if self.args.learning_rate is None:
             self.args.learning_rate = recommended_learning_rate(self.model)
