@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from to_finetune import DiagonalTO
 from to_finetune.cli import VERBS, main
@@ -34,6 +34,8 @@ def test_a_python_block_of_the_readme_runs(
     names: dict[str, Any] = {
         "model": AutoModelForCausalLM.from_pretrained(llama),
         "dataset": Dataset.from_list(rows),
+        "preferences": Dataset.from_list([{"prompt": "red", "chosen": " blue", "rejected": " green"}] * 16),
+        "tokenizer": AutoTokenizer.from_pretrained(llama),
     }
     exec(block, names)
     if "trainer" in names:
