@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from textwrap import indent
-from typing import Any
+from types import ModuleType
 
 import pytest
 from datasets import Dataset
@@ -31,7 +31,10 @@ def test_a_python_block_of_the_readme_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"input_ids": [0, 5, 6, 7], "labels": [0, 5, 6, 7]}] * 16
-    names: dict[str, Any] = {
+    module = ModuleType("block")
+    monkeypatch.setitem(sys.modules, "block", module)  # where pickle finds the classes of a block
+    names = module.__dict__
+    names |= {
         "model": AutoModelForCausalLM.from_pretrained(llama),
         "dataset": Dataset.from_list(rows),
         "preferences": Dataset.from_list([{"prompt": "red", "chosen": " blue", "rejected": " green"}] * 16),
