@@ -310,7 +310,10 @@ def test_steps_are_counted_as_the_trainer_does(
         "num_train_epochs": epochs,
         "dataloader_drop_last": drop,
     }
-    with mock.patch("to_finetune.training.sft.TOSFTTrainer.train"):  # it is only made
+    with (  # it is only made
+        mock.patch("to_finetune.training.sft.TOSFTTrainer.train"),
+        mock.patch("to_finetune.finetune.finish", return_value={}),
+    ):
         run = finetune(tmp_path / "run", max_steps=None, dataset_train_split=f"train[:{rows}]", **options)
     loader = run.trainer.get_train_dataloader()
     expected = run.trainer.set_initial_training_values(run.trainer.args, loader)

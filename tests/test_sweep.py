@@ -555,7 +555,7 @@ def test_a_token_is_written_and_shown_nowhere(
         (["--optim", "diagonel_to"], ["optim='diagonel_to'", "'diagonal_to'"]),
         (["--learning_rate", "0"], ["learning_rate=0.0 has no range around it", "--search"]),
         (["--learning_rte", "0.1"], ["Unknown flag 'learning_rte'", "'learning_rate'"]),
-        (["--resume_from_checkpoint", "true"], ["resume_from_checkpoint is not taken here", "goes on"]),
+        (["--resume_from_checkpoint", "true"], ["resume_from_checkpoint is not taken here", "resumes the sweep"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
     ],
     ids=lambda value: " ".join(value[-2:]) if value and value[0].startswith("--") else "",
