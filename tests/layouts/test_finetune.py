@@ -221,6 +221,9 @@ def test_a_file_opens_with_the_command_that_takes_it(path: Path, monkeypatch: py
     words = words[words.index("accelerate") :]
     assert words[:3] == ["accelerate", "launch", "--config_file"]
     assert ROOT / words[3] == path
+    for word in words[4:]:
+        if word.endswith((".py", ".yaml")):
+            assert (ROOT / word).is_file()
     script = words.index("scripts/finetune.py")
     monkeypatch.chdir(ROOT)
     _, data_args, args = parse_arguments(words[script + 1 :], ArgumentsElsewhere)

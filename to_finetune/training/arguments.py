@@ -155,7 +155,10 @@ class TrainableOptimizerArguments:
     )
     learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Default: for a TO from the model's width and what trains of it, for others Hugging Face's."},
+        metadata={
+            "help": "Default: for a TO from the model's width and what trains of it, for others 5e-5 in finetune.py, "
+            "and elsewhere Hugging Face's."
+        },
     )
     max_grad_norm: float | None = field(
         default=None,

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from to_finetune.errors import RunError
 from to_finetune.model.trained import read_trained
 from to_finetune.optim import TrainableOptimizer
-from to_finetune.optim.sharding import all_reduce
+from to_finetune.optim.sharding import all_reduce, local
 
 NOTHING_MOVED = "No trained weight moved in the first steps: no gradient reaches them, or the rate is too low."
 
@@ -62,7 +61,7 @@ class EngagementProofs(TrainerCallback):
         """Note whether the gradients are all zero, as of rewards that are all the same: nothing has to move then."""
         if "moved_after_first_step" not in self.proofs:
             gradients = [p.grad for p in kwargs["model"].parameters() if p.requires_grad and p.grad is not None]
-            self._can_move = not gradients or any(_local(gradient).any() for gradient in gradients)
+            self._can_move = not gradients or any(local(gradient).any() for gradient in gradients)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "moved_after_first_step" in self.proofs:
@@ -161,10 +160,6 @@ def check_trained_parameters(model: nn.Module, optimizer: Any) -> int:
     return len(trained)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 @torch.no_grad()
 def fingerprints(model: nn.Module) -> dict[str, int]:
     """Return a 64-bit sum of each parameter's bits, over all processes: a change of any one element changes it."""
@@ -172,7 +167,7 @@ def fingerprints(model: nn.Module) -> dict[str, int]:
 
     def bits(p: Tensor) -> Tensor:
         p = getattr(p, "ds_tensor", p)  # under ZeRO-3, this process's shard
-        p = _local(p).detach()
+        p = local(p).detach()
         if p.ndim == 1 and p.is_floating_point() and p.itemsize == 2:
             p = p.float()  # bitsandbytes casts biases to the dtype of the input, which keeps their values
         return p.contiguous().view(-1).view(integer[p.element_size()]).sum(dtype=torch.int64)
