@@ -26,7 +26,7 @@ from transformers import (
 from trl import DPOConfig
 
 from to_finetune.errors import RunError, UsageError
-from to_finetune.model import select_trainable
+from to_finetune.model import load_finetuned, select_trainable
 from to_finetune.optim import DiagonalTO, FullTO, RankOneTO
 from to_finetune.training import FinetuneArguments, TOTrainer, TOTrainingArguments
 from to_finetune.training.arguments import TrainableOptimizerArguments
@@ -63,6 +63,10 @@ def rows(count: int = 24, length: int = 10) -> list[dict[str, Tensor]]:
 
 @pytest.fixture
 def model(llama: Path) -> PreTrainedModel:
+    return partly_frozen(llama)
+
+
+def partly_frozen(llama: Path) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(llama)
     select_trainable(model, [r"layers\.3\."])
     return model
@@ -215,7 +219,8 @@ def test_no_token_is_written(llama: Path, tmp_path: Path, part: bool) -> None:
     model = AutoModelForCausalLM.from_pretrained(llama)
     if part:
         select_trainable(model, [r"layers\.3\."])
-    args = arguments(TOTrainingArguments, tmp_path, hub_token="hf_secret", save_strategy="steps", save_steps=STEPS)
+    saved = {"save_strategy": "steps", "save_steps": STEPS, "save_only_trained": part}
+    args = arguments(TOTrainingArguments, tmp_path, hub_token="hf_secret", **saved)
     trainer = TOTrainer(model, args, train_dataset=rows())
     trainer.train()
     trainer.save_model()
@@ -381,13 +386,24 @@ def prompts(llama: Path) -> PeftModel:
     )
 
 
-@pytest.mark.parametrize("kind", ["module", "classifier", "prompts"])
-def test_a_frozen_part_that_cannot_be_had_again_is_saved_too(kind: str, llama: Path, tmp_path: Path) -> None:
-    """And a run that goes on from there ends in the same weights and buffers, bit for bit."""
+def stages(llama: Path) -> PreTrainedModel:
+    model = partly_frozen(llama)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.add_(0.01)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["module", "classifier", "prompts", "stages"])
+def test_the_frozen_part_is_saved_too_unless_asked_otherwise(kind: str, llama: Path, tmp_path: Path) -> None:
+    """And a run that goes on from there ends in the same weights and buffers, bit for bit.
+
+    They may be on no disk: "stages" freezes layers that trained before.
+    """
     generator = torch.Generator().manual_seed(0)
-    makers = {"module": Net, "classifier": partial(classifier, llama), "prompts": partial(prompts, llama)}
+    others = {"classifier": classifier, "prompts": prompts, "stages": stages}
+    makers = {"module": Net, **{name: partial(maker, llama) for name, maker in others.items()}}
     data: list[dict[str, Any]] = rows()
-    if kind != "prompts":
+    if kind in ("module", "classifier"):
         data = [{"input_ids": row["input_ids"], "labels": i % 2} for i, row in enumerate(data)]
     if kind == "module":
         data = [{"x": torch.randn(8, generator=generator), "labels": row["labels"]} for row in data]
@@ -395,6 +411,8 @@ def test_a_frozen_part_that_cannot_be_had_again_is_saved_too(kind: str, llama: P
     for going_on in (False, True):
         torch.manual_seed(0)
         model = makers[kind]()
+        if kind == "stages" and going_on:  # only the checkpoint has them
+            model = partly_frozen(llama)
         args = arguments(TOTrainingArguments, tmp_path, learning_rate=LR, save_strategy="steps", save_steps=3)
         trainer = TOTrainer(model, args, train_dataset=data)
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3") if going_on else None)
@@ -405,6 +423,24 @@ def test_a_frozen_part_that_cannot_be_had_again_is_saved_too(kind: str, llama: P
         assert_equal(ended[0], load_file(tmp_path / "saved" / "model.safetensors"))
 
 
+def test_only_what_trains_is_saved_if_asked_for(model: PreTrainedModel, tmp_path: Path) -> None:
+    args = arguments(TOTrainingArguments, tmp_path, save_only_trained=True, save_strategy="steps", save_steps=STEPS)
+    trainer = TOTrainer(model, args, train_dataset=rows())
+    trainer.train()
+    for folder in (tmp_path, tmp_path / f"checkpoint-{STEPS}"):
+        trainer.save_model(str(tmp_path))
+        assert_equal(load_file(folder / "trained.safetensors"), trained(model))
+        assert not (folder / "model.safetensors").exists()
+    assert_equal(load_finetuned(tmp_path)[0].state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["module", "prompts"])
+def test_a_part_that_could_not_be_put_back_is_not_saved_alone(kind: str, llama: Path, tmp_path: Path) -> None:
+    args = arguments(TOTrainingArguments, tmp_path, learning_rate=LR, save_only_trained=True)
+    with pytest.raises(UsageError, match=r"save_only_trained=True: what trains in this (Net|PeftModel\w*) could not"):
+        TOTrainer(Net() if kind == "module" else prompts(llama), args, train_dataset=rows())
+
+
 def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
@@ -412,7 +448,7 @@ def assert_equal(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 def test_another_subsets_checkpoint_is_refused(llama: Path, tmp_path: Path) -> None:
     """Else what trained before would be lost, though it was loaded."""
-    options = {"save_strategy": "steps", "save_steps": 2, "learning_rate": LR}
+    options = {"save_strategy": "steps", "save_steps": 2, "learning_rate": LR, "save_only_trained": True}
     for patterns in ([r"layers\.[23]\."], [r"layers\.3\."]):
         model = AutoModelForCausalLM.from_pretrained(llama)
         select_trainable(model, patterns)

@@ -46,15 +46,10 @@ def holds_adapters(folder: str | os.PathLike[str]) -> bool:
 
 
 def is_restorable(model: nn.Module) -> bool:
-    """Whether the trained tensors can be put back onto their base: those of a named causal model, or one LoRA adapter.
-
-    A classifier's new head, a module without a configuration or another kind of adapter has to be saved whole.
-    """
+    """Whether the trained tensors can be put back onto their base: those of a named model, or of one LoRA adapter."""
     if isinstance(model, PeftModel):
         return len(model.active_adapters) == 1 and model.active_peft_config.peft_type == PeftType.LORA
-    if not (isinstance(model, PreTrainedModel) and model.config._name_or_path):
-        return False
-    return model.can_generate() and not getattr(model.config, "is_encoder_decoder", False)
+    return isinstance(model, PreTrainedModel) and bool(model.config._name_or_path)
 
 
 def trained_tensors(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

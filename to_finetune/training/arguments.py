@@ -167,6 +167,13 @@ class TrainableOptimizerArguments:
             "undoes any clipping."
         },
     )
+    save_only_trained: bool = field(
+        default=False,
+        metadata={
+            "help": "If part of the model is frozen, save only the weights that train, and their base's name: the "
+            "frozen ones must be those that the base has there. Default: the whole model, as Hugging Face saves it."
+        },
+    )
 
     def __post_init__(self) -> None:
         counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
@@ -223,6 +230,7 @@ class FinetuneArguments(TrainableOptimizerArguments, SFTConfig):
     """`trl.SFTConfig` that knows the Trainable Optimizers, with the defaults of a fine-tuning run."""
 
     output_dir: str = field(default="runs/finetune", metadata={"help": "Where the run is written; must be new."})
+    save_only_trained: bool = field(default=True, init=False)
     bf16: bool | None = field(
         default=None, metadata={"help": "bfloat16 mixed precision. Default: on where the GPU has it."}
     )

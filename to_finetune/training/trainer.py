@@ -49,7 +49,8 @@ class TrainableOptimizerMixin(_Base):
     """Mixin to put before a `transformers.Trainer` class: ``class MyTrainer(TrainableOptimizerMixin, Trainer)``.
 
     Takes arguments that are a `TrainableOptimizerArguments`. Creates the optimizer that ``optim`` names, proves that
-    it is the one that trains, logs its quantities, and saves only the trained tensors if part of the model is frozen.
+    it is the one that trains, logs its quantities, saves its state by the parameters' names, and, if asked to
+    (``save_only_trained``), only the trained tensors of a model of which part is frozen.
 
     Attributes:
         engagement: the proofs, filled in while training.
@@ -65,6 +66,11 @@ class TrainableOptimizerMixin(_Base):
             raise UsageError(
                 f"{type(self).__name__} would train with {optim}: give it TOTrainingArguments, or your own arguments "
                 "with TrainableOptimizerArguments before them."
+            )
+        if self.saves_part() and not is_restorable(self.accelerator.unwrap_model(self.model)):
+            raise UsageError(
+                f"save_only_trained=True: what trains in this {type(self.model).__name__} could not be put back, which "
+                "takes a pretrained model with a name or one LoRA adapter. Leave it out, and the whole model is saved."
             )
         if self.args.learning_rate is None:
             self.args.learning_rate = recommended_learning_rate(self.model)
@@ -107,9 +113,10 @@ class TrainableOptimizerMixin(_Base):
         super().log(logs, start_time)
 
     def saves_part(self) -> bool:
-        """Whether only the trained tensors are saved: part of the model is frozen, and they can be put back onto it."""
-        model = self.accelerator.unwrap_model(self.model)
-        return any(not p.requires_grad for p in model.parameters()) and is_restorable(model)
+        """Whether only the trained tensors are saved: it was asked for, and part of the model is frozen."""
+        return getattr(self.args, "save_only_trained", False) and any(
+            not p.requires_grad for p in self.model.parameters()
+        )
 
     def is_sharded(self) -> bool:
         """Whether processes hold parts of the trained weights or of their state."""
