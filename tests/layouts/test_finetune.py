@@ -48,6 +48,8 @@ def options(llama: Path, alpaca: Path, processes: int) -> dict[str, Any]:
         "use_cpu": True,
         "max_steps": STEPS,
         "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": STEPS,  # before the last checkpoint, and before the proofs at the end
         "per_device_train_batch_size": ROWS // processes,
         "weight_decay": 0.1,
         "logging_steps": 1,
@@ -155,20 +157,24 @@ def assert_only_the_trained_part_was_written(folder: Path, state_bytes: int) -> 
 def test_a_model_trained_whole_goes_from_one_process_to_zero_and_back(
     finetune: Callable[..., Run], llama: Path, alpaca: Path, tmp_path: Path
 ) -> None:
-    """Its weights are in the checkpoint's state too, where both read them."""
-    whole = {**options(llama, alpaca, 1), "unfrozen_parameters": None, "save_strategy": "steps", "save_steps": 1}
+    """Its weights are in the checkpoint's state too, where both read them, also the best ones, here the worst."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    every_step = {"save_strategy": "steps", "save_steps": 1, "eval_steps": 1}
+    whole = {**options(llama, alpaca, 1), "unfrozen_parameters": None, **every_step, **best}
     alone = finetune(tmp_path / "alone", **whole)
     words = flags(**{**whole, "per_device_train_batch_size": ROWS // 2}, output_dir=tmp_path / "zero")
     going_on = flags(resume_from_checkpoint=alone.folder / "checkpoint-2")
     done = launch(ROOT / "configs" / "accelerate" / "zero2.yaml", 2, *words, *going_on)
     assert done.returncode == 0, done.stderr
     back = finetune(tmp_path / "back", **whole, resume_from_checkpoint=tmp_path / "zero" / "checkpoint-3")
-    wanted = load_file(alone.folder / "model.safetensors")
-    for folder in (tmp_path / "zero", back.folder):
-        found = load_file(folder / "model.safetensors")
-        assert found.keys() == wanted.keys()
-        for name, weights in wanted.items():
-            torch.testing.assert_close(found[name], weights, rtol=1e-4, atol=2e-5)
+    last, first = (alone.folder / file for file in ("checkpoint-4/model.safetensors", "model.safetensors"))
+    assert any((load_file(last)[name] != weights).any() for name, weights in load_file(first).items())
+    for wanted in (last, first):
+        for folder in (tmp_path / "zero", back.folder):
+            found = load_file(folder / wanted.relative_to(alone.folder))
+            assert found.keys() == load_file(wanted).keys()
+            for name, weights in load_file(wanted).items():
+                torch.testing.assert_close(found[name], weights, rtol=1e-4, atol=2e-5)
 
 
 def test_two_machines(alone: dict[str, Run], llama: Path, alpaca: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from to_finetune.optim import DiagonalTO, FullTO, RankOneTO, TrainableOptimizer, release_gradients
+from to_finetune.optim.checkpoint import load_state, load_weights, save_state, whole_weights
 
 PROCESSES = 2
 Make = Callable[..., TrainableOptimizer]
@@ -108,6 +109,36 @@ def one_group_asks_for_all() -> None:
     assert optimizer.skipped_steps() == 1
 
 
+def after_an_evaluation(folder: Path) -> None:
+    """FSDP2 leaves the root's weights whole: they are saved, and replaced by loaded ones, all the same."""
+    net = fully_shard(model(torch.float32))
+    x = torch.randn(8, 6)
+    optimizer = DiagonalTO(net.parameters(), lr=0.1)
+    net(x).square().mean().backward()
+    optimizer.step()
+
+    def evaluated() -> Tensor:
+        with torch.no_grad():
+            return net(x).clone()
+
+    saved = evaluated()
+    assert not isinstance(next(net.parameters()), DTensor)
+    save_state(net, optimizer, folder / "state")
+    evaluated()
+    weights = whole_weights(net, optimizer)
+    everywhere = [weights]
+    dist.broadcast_object_list(everywhere)
+    for load in (
+        lambda: load_state(net, optimizer, folder / "state"),
+        lambda: load_weights(net, optimizer, everywhere[0]),
+    ):
+        net(x).square().mean().backward()
+        optimizer.step()
+        assert not torch.equal(evaluated(), saved)
+        load()
+        assert torch.equal(evaluated(), saved)
+
+
 def refusals() -> None:
     """What shards cannot do says so."""
     mesh = init_device_mesh("cpu", (PROCESSES,))
@@ -154,6 +185,7 @@ def main(rank: int, folder: str) -> None:
     in_backward()
     one_process_has_an_infinity()
     one_group_asks_for_all()
+    after_an_evaluation(Path(folder))
     refusals()
     columns_agree()
     dist.destroy_process_group()

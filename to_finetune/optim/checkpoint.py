@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from to_finetune.optim.full import FullTO
 from to_finetune.optim.optimizer import TrainableOptimizer
-from to_finetune.optim.sharding import Member, gathered, refresh_model
+from to_finetune.optim.sharding import Member, gathered, refresh_model, reshard
 from to_finetune.optim.state import exponents_name, pack, unpack_
 from to_finetune.optim.stateful import COUNTERS
 
@@ -90,6 +90,7 @@ def whole_weights(model: nn.Module, optimizer: TrainableOptimizer) -> dict[str, 
 
     All processes must call it. Under DeepSpeed they are its 32-bit master weights.
     """
+    reshard(model)
     parameters = named(model)
     names = optimizer.names(parameters)
     here: dict[int, list[Member]] = {}
@@ -112,6 +113,7 @@ def load_weights(model: nn.Module, optimizer: TrainableOptimizer, weights: Mappi
     Raises:
         RuntimeError: if a trained tensor is missing or has another size.
     """
+    reshard(model)
     names = optimizer.names(named(model))
     members = optimizer.held()
     for member in members:
@@ -151,6 +153,7 @@ class _Contents:
             raise RuntimeError("FullTO's state changes its shape with the steps: torch.save its state_dict() instead.")
         self.values: dict[str, Tensor] = {}
         self.after_loading: list[Callable[[], Any]] = []
+        reshard(model)
         names = optimizer.names(named(model))
         self.members = optimizer.held()
         for member in self.members:

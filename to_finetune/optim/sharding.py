@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup, ReduceOp
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from to_finetune.optim.state import blocks_of, exponents_name, new_state, pack, unpack_
@@ -146,6 +147,13 @@ def stand_ins(params: Sequence[Tensor], known: Given) -> Sequence[Tensor]:
         for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
         if id(group[0]) in own
     ]
+
+
+def reshard(model: nn.Module) -> None:
+    """Make shards the parameters again of what FSDP2 has left whole, as it does with the root after an evaluation."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def refresh_model(model: Any, members: Sequence[Member]) -> None:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from to_finetune.errors import RunError
 from to_finetune.model.trained import read_trained
 from to_finetune.optim import TrainableOptimizer
-from to_finetune.optim.sharding import all_reduce, local
+from to_finetune.optim.sharding import all_reduce, local, reshard
 
 NOTHING_MOVED = "No trained weight moved in the first steps: no gradient reaches them, or the rate is too low."
 
@@ -46,6 +46,7 @@ class EngagementProofs(TrainerCallback):
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         live = unwrapped(optimizer)
         self.proofs["live_optimizer"] = check_optimizer(live, self.expected)
+        reshard(model)
         self.proofs["trained_tensors"] = check_trained_parameters(model, optimizer)
         if isinstance(live, TrainableOptimizer):
             layouts = [layout for group in live.param_groups for _, layout in live.layouts(group) if layout.shards]
@@ -99,6 +100,7 @@ class EngagementProofs(TrainerCallback):
         Raises:
             RunError: when a frozen tensor does.
         """
+        reshard(model)
         moved = {name for name, value in fingerprints(model).items() if value != self._before[name]}
         frozen = [name for name, p in model.named_parameters() if name in moved and not p.requires_grad]
         if frozen:

@@ -237,6 +237,8 @@ class TrainableOptimizerMixin(_Base):
         best = str(self.state.best_model_checkpoint)
         if self._loads_trained(best):
             self._load_trained(best)
+        elif self.is_sharded() and (optimizer := self._by_name()):
+            load_state(self.model_wrapped, optimizer, os.path.join(best, STATE_NAME))
         else:
             super()._load_best_model()
 
