@@ -35,7 +35,8 @@ def compile(kernel, pointers, **options):
     warps = step.WARPS if "TILES" in options else programs.MANY_WARPS
     built = triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
     ptx = built.asm["ptx"]
-    wide, fused = len(re.findall(r"ld\\.global[.\\w]*\\.v[24]", ptx)), len(re.findall(r"fma\\.rn\\.f32", ptx))
+    wide = len(re.findall(r"ld\\.global[.\\w]*\\.v[24]", ptx))
+    fused = ptx.count("fma.rn.f32") - 4 * ptx.count("rcp.approx.ftz.f32")  # those of a division are meant
     print(kernel.__name__, wide, fused, len(built.asm["cubin"]))
 
 batch = {"table": "*i64", "scalars": "*fp32", "chunks": "*i32", "partial": "*fp64", "skip": "*i1"}

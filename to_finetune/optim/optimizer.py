@@ -178,9 +178,8 @@ class TrainableOptimizer(StatefulOptimizer):
     def _next(self) -> Prepared:
         """Reuse the last step with new gradients; prepare another if more changed or a graph must capture it all."""
         step, self._prepared = self._prepared, None
-        if step is None or is_capturing() or not step.is_like(self.param_groups, self.state):
+        if step is None or is_capturing() or not step.take_gradients(self.param_groups, self.state):
             return self._prepare([(group, self._members(group)) for group in self.param_groups])
-        step.take_gradients()
         for matrices in step.matrices:
             equalize_(matrices)
         return step

@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -81,34 +82,43 @@ class Prepared:
             and all(known.fused for known in matrices)
         )
 
-    def is_like(self, groups: Sequence[Group], states: Mapping[Tensor, dict[str, Tensor]]) -> bool:
-        """Whether nothing but gradients and lr has changed."""
-        if len(groups) != len(self.work) or not _are(states.values(), self._states):
+    def take_gradients(self, groups: Sequence[Group], states: Mapping[Tensor, dict[str, Tensor]]) -> bool:
+        """Take over the weights' new gradients, and return True; False if more than gradients and lr has changed."""
+        gradients = self._new_gradients(groups, states)
+        if gradients is None:
             return False
-        for group, (known, members), options in zip(groups, self.work, self._options, strict=True):
-            with_gradients = [p for p in group["params"] if p.grad is not None]
-            if group is not known or options_of(group) != options:
-                return False
-            if not _are(with_gradients, [member.owner for member in members]):
-                return False
-        gradients = [_gradient(member) for member in self._members]
-        return (
-            [grad.dtype for grad in gradients] == self._dtypes
-            and all(grad.layout == torch.strided and grad.is_contiguous() for grad in gradients)
-            and all(batch.is_in_place() for batch in self._batches)
-            and all(counts.are_in_place() for counts in self.counts)
-        )
-
-    def take_gradients(self) -> None:
-        """Take over the weights' new gradients."""
-        for member in self._members:
-            member.grad = _gradient(member)
+        for member, grad in zip(self._members, gradients, strict=True):
+            member.grad = grad
         for matrices in self.matrices:
             matrices.take_gradients()
         for batch in self._batches:
             if batch.taken is None:
                 alike = [counts for counts in self.counts if _are(counts.states, batch.states)]
                 batch.taken = alike[0].vectors["step"] if alike else None
+        return True
+
+    def _new_gradients(
+        self, groups: Sequence[Group], states: Mapping[Tensor, dict[str, Tensor]]
+    ) -> list[Tensor] | None:
+        """Return the members' new gradients; None if they have other formats, or if something else has changed."""
+        if len(groups) != len(self.work) or not _are(states.values(), self._states):
+            return None
+        gradients = list[Tensor]()
+        for group, (known, members), options in zip(groups, self.work, self._options, strict=True):
+            if group is not known or options_of(group) != options:
+                return None
+            ready = [(p, grad) for p in group["params"] if (grad := p.grad) is not None]
+            if not _are([p for p, _ in ready], [member.owner for member in members]):
+                return None
+            gradients += (grad for _, grad in ready)
+        is_alike = (
+            list(map(attrgetter("dtype"), gradients)) == self._dtypes
+            and set(map(attrgetter("layout"), gradients)) <= {torch.strided}
+            and all(map(Tensor.is_contiguous, gradients))
+            and all(batch.is_in_place() for batch in self._batches)
+            and all(counts.are_in_place() for counts in self.counts)
+        )
+        return gradients if is_alike else None
 
     def let_go(self) -> None:
         """Release the gradients, which would otherwise stay alive."""
@@ -119,12 +129,6 @@ class Prepared:
         for matrices in self.matrices:
             for piece in matrices.pieces:
                 piece.grad = NONE
-
-
-def _gradient(member: Member) -> Tensor:
-    grad = member.owner.grad
-    assert grad is not None
-    return grad
 
 
 def _are(found: Collection[Any], known: Collection[Any]) -> bool:

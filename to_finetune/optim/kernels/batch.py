@@ -82,7 +82,7 @@ class Batch(Part):
     def take_gradients(self) -> None:
         """Look up the addresses of the members' gradients, and drop all sums over earlier ones."""
         self.grads = [member.grad.contiguous() for member in self.members]
-        addresses = [grad.data_ptr() for grad in self.grads]
+        addresses = list(map(Tensor.data_ptr, self.grads))
         self._rows[:, GRADIENT] = torch.tensor(addresses)
         if self.rounds and may_read(self.group, self.steps):
             counts = set(self.steps.tolist())
@@ -95,14 +95,15 @@ class Batch(Part):
 
     def is_in_place(self) -> bool:
         """Whether weights and state are still at the addresses that they had when this was made."""
-        same = self._find() == self.places and tuple(p.numel() for p in self.params) == self.numbers
-        return same and all(p.is_contiguous() for p in self.params)
+        same = self._find() == self.places and tuple(map(Tensor.numel, self.params)) == self.numbers
+        return same and all(map(Tensor.is_contiguous, self.params))
 
     def _find(self) -> list[list[int]]:
         """Return the addresses of weights, state and exponents."""
         is_int8 = self.formats[3] == FORMATS[torch.int8]
         names = [*self.names, *map(exponents_name, self.names if is_int8 else ())]
-        return [[p.data_ptr() for p in self.params], *([state[x].data_ptr() for state in self.states] for x in names)]
+        tensors = [self.params, *([state[x] for state in self.states] for x in names)]
+        return [list(map(Tensor.data_ptr, some)) for some in tensors]
 
     @property
     def device(self) -> torch.device:

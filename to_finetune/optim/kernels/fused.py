@@ -145,14 +145,16 @@ def _scalars(batch: Batch) -> Tensor:
     group, device = batch.group, batch.device
     taken, is_readable = batch.steps, may_read(group, batch.steps)
     lr_on_device = isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu"
+    if batch.rounds and not is_readable:
+        batch.set_keys(taken.to(device, non_blocking=True))
+    if group["schedule"] == "constant" and not lr_on_device:
+        return rows([float(x) for x in _columns(group, 0)], batch)
     if is_readable and not lr_on_device:
         steps = taken.tolist()
         rates = {step: [float(x) for x in _columns(group, int(step))] for step in set(steps)}
         alike = len(rates) == 1
         return rows(rates[steps[0]], batch) if alike else to_device(torch.tensor([rates[x] for x in steps]), device)
     taken = taken.to(device, non_blocking=True).double()
-    if batch.rounds and not is_readable:
-        batch.set_keys(taken)
     columns = (torch.as_tensor(x).double() for x in _columns(group, taken))
     return torch.stack([taken * 0 + x for x in columns], dim=1).float()
 

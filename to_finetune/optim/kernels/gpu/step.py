@@ -22,6 +22,8 @@ from to_finetune.optim.kernels.batch import Batch
 from to_finetune.optim.kernels.gpu.programs import programs_of
 from to_finetune.optim.kernels.gpu.storage import (
     BLOCK,
+    LARGEST_DIVISOR,
+    divide,
     load,
     load_state,
     mix,
@@ -51,7 +53,11 @@ def update(batch: Batch, scalars: Tensor, weights: bool, skip: Tensor | None) ->
 
 def measure_and_update(batch: Batch, scalars: Tensor, weights: bool, held: Tensor | None) -> Tensor:
     """Do both passes of a batch in which each tensor is a block; combining the sums also computes the scalars."""
-    measured = combined(batch, *_launch(_reduce, batch, scalars, weights and held is None, None), scalars, held)
+    if held is None or batch.needs_gradient_sums:
+        found = _launch(_reduce, batch, scalars, weights and held is None, None)
+    else:  # `held` has all that is needed: no program's sums are added to it
+        found = held, torch.zeros(len(batch.params) + 1, dtype=torch.int64, device=held.device)
+    measured = combined(batch, *found, scalars, held)
     sums = update(batch, scalars, weights, None)
     if batch.group["grad_scale"] is not None:  # otherwise PEAK is not used
         sums[:, PEAK.value] = measured[:, PEAK.value]
@@ -92,8 +98,8 @@ def _launch(kernel: Any, batch: Batch, scalars: Tensor, weights: bool, skip: Ten
 @triton.jit
 def _diagonal(w, g, a, b, scalars):
     lr, decay, _, _, beta, keep, alpha, room, _, _ = scalars
-    q = tl.maximum(w * w, SMALLEST_DIVISOR)
-    guarded = tl.minimum(tl.div_rn(tl.zeros_like(q) + room, q), alpha)
+    q = tl.minimum(tl.maximum(w * w, SMALLEST_DIVISOR), LARGEST_DIVISOR)
+    guarded = tl.minimum(divide(tl.zeros_like(q) + room, q), alpha)
     target = g - a * w
     r = b - target
     a = a - guarded * w * r
@@ -170,8 +176,20 @@ def _fours(x):
 
 
 @triton.jit
-def _add(total, x):
-    return total + tl.sum(_fours(x.to(tl.float64)), axis=2)
+def _doubles(x):
+    """Return the first, second, third and fourth of each group of four, in float64."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], FOURS, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first.to(tl.float64), second.to(tl.float64), third.to(tl.float64), fourth.to(tl.float64)
+
+
+@triton.jit
+def _add_products(total, x, y):
+    """Add up groups of four products of float32, which are exact in float64."""
+    x0, x1, x2, x3 = x
+    y0, y1, y2, y3 = y
+    return tl.fma(x3, y3, tl.fma(x2, y2, tl.fma(x1, y1, tl.fma(x0, y0, total))))
 
 
 @triton.jit
@@ -213,11 +231,13 @@ def _update_tile(
     error = _add_roughly(error, difference * difference)
     gg = _add_roughly(gg, g * g)
     if WEIGHTS_TOO:
-        ww = _add(ww, w.to(tl.float64) * w.to(tl.float64))
+        w64 = _doubles(w)
+        ww = _add_products(ww, w64, w64)
         if RANK_ONE:
-            vw = _add(vw, x1.to(tl.float64) * w.to(tl.float64))
-            uu = _add(uu, x0.to(tl.float64) * x0.to(tl.float64))
-            ub = _add(ub, x0.to(tl.float64) * x2.to(tl.float64))
+            u64 = _doubles(x0)
+            vw = _add_products(vw, _doubles(x1), w64)
+            uu = _add_products(uu, u64, u64)
+            ub = _add_products(ub, u64, _doubles(x2))
     return gg, ww, vw, uu, ub, error
 
 
@@ -228,7 +248,7 @@ def _reduce_tile(
 ):  # fmt: skip
     gg, peak, ug, ww, vw, uu, ub = totals
     wp, gp, p0, p1, p2, e0, e1, e2 = addresses
-    _, _, weight_decay, factor, _, _, _, _, _, _ = scalars
+    _, _, weight_decay, _, _, _, _, _, _, _ = scalars
     rows = tl.arange(0, gg.shape[0])
     offsets = start + (rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
     blocks = start // BLOCK + rows
@@ -237,19 +257,18 @@ def _reduce_tile(
         g = g + weight_decay * load(wp, offsets, n, MASKED)
     magnitude = tl.max(_fours(g.to(tl.int32, bitcast=True) & 0x7FFFFFFF), axis=2)
     peak = tl.maximum(peak, magnitude)
-    gg = _add(gg, g.to(tl.float64) * g.to(tl.float64))
+    g64 = _doubles(g)
+    gg = _add_products(gg, g64, g64)
     if RANK_ONE:
-        u = load_state(p0, e0, offsets, blocks, n, STATE, MASKED)
-        ug = _add(ug, u.to(tl.float64) * g.to(tl.float64) * factor.to(tl.float64))
+        u64 = _doubles(load_state(p0, e0, offsets, blocks, n, STATE, MASKED))
+        ug = _add_products(ug, u64, g64)
     if WEIGHTS_TOO:
-        w = load(wp, offsets, n, MASKED)
-        ww = _add(ww, w.to(tl.float64) * w.to(tl.float64))
+        w64 = _doubles(load(wp, offsets, n, MASKED))
+        ww = _add_products(ww, w64, w64)
         if RANK_ONE:
-            v = load_state(p1, e1, offsets, blocks, n, STATE, MASKED)
-            b = load_state(p2, e2, offsets, blocks, n, STATE, MASKED)
-            vw = _add(vw, v.to(tl.float64) * w.to(tl.float64))
-            uu = _add(uu, u.to(tl.float64) * u.to(tl.float64))
-            ub = _add(ub, u.to(tl.float64) * b.to(tl.float64))
+            vw = _add_products(vw, _doubles(load_state(p1, e1, offsets, blocks, n, STATE, MASKED)), w64)
+            uu = _add_products(uu, u64, u64)
+            ub = _add_products(ub, u64, _doubles(load_state(p2, e2, offsets, blocks, n, STATE, MASKED)))
     return gg, peak, ug, ww, vw, uu, ub
 
 
@@ -303,4 +322,5 @@ def _reduce(
             gg, peak, ug, ww, vw, uu, ub = _reduce_tile(
                 addresses, own, start, n, (gg, peak, ug, ww, vw, uu, ub), RANK_ONE, STATE, WEIGHTS_TOO, True
             )
-    store_sums(partial, gg, peak, ug, ww, vw, uu, ub, zero)
+    _, _, _, factor, _, _, _, _, _, _ = own
+    store_sums(partial, gg, peak, ug * factor.to(tl.float64), ww, vw, uu, ub, zero)

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from triton.runtime import JITFunction
 
+LARGEST_DIVISOR = tl.constexpr(2.0**125)  # whose inverse is a normal float32
 BLOCK = tl.constexpr(32)  # weights in a block of int8 state
 FLOAT32, BFLOAT16, INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # 1.5 * 2^23 and its bits: adding a small integer adds it to the last bits, which is faster than a conversion.
@@ -21,6 +24,37 @@ def mix(x):
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
+
+
+HAS_PTX = tl.constexpr(isinstance(mix, JITFunction) and torch.version.hip is None)  # not in the interpreter
+
+
+@triton.jit
+def divide(x, y):
+    """Divide, correctly rounded, by a divisor from 1e-30 to LARGEST_DIVISOR.
+
+    On NVIDIA's GPUs these are the instructions of `tl.div_rn` without its check for other divisors, which takes as long
+    again. An infinite `x` gives NaN.
+    """
+    if HAS_PTX:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 inverse, minus, error, near;
+            rcp.approx.ftz.f32 inverse, $2;
+            neg.f32 minus, $2;
+            fma.rn.f32 error, minus, inverse, 0f3F800000;
+            fma.rn.f32 inverse, inverse, error, inverse;
+            mul.rn.f32 near, $1, inverse;
+            fma.rn.f32 error, minus, near, $1;
+            fma.rn.f32 $0, inverse, error, near;
+            }""",
+            "=f,f,f",
+            [x, y],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return tl.div_rn(x, y)
 
 
 @triton.jit
@@ -118,7 +152,8 @@ def store_values(pointer, offsets, n, x, random, FORMAT: tl.constexpr, MASKED: t
     """Store weights, or state that is not int8; return the stored values."""
     if FORMAT == BFLOAT16:
         x = _rounded(x, random)
-        store(pointer, offsets, n, x.to(tl.bfloat16), MASKED)
+        bits = x.to(tl.uint32, bitcast=True) >> 16
+        store(pointer, offsets, n, bits.to(tl.uint16).to(tl.bfloat16, bitcast=True), MASKED)
     else:
         store(pointer, offsets, n, x, MASKED)
     return x

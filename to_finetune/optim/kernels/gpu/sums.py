@@ -10,7 +10,7 @@ from torch import Tensor
 from to_finetune.optim.kernels.batch import Batch
 from to_finetune.optim.kernels.gpu.programs import MANY_WARPS
 
-COMBINED = 1024  # the number of programs whose sums are added up at a time
+COMBINED = 512  # the number of programs whose sums are added up at a time
 
 SMALLEST_DIVISOR = tl.constexpr(1e-30)
 GG, PEAK, UG, WW, VW, UU, UB, ERROR, SUMS = (tl.constexpr(k) for k in range(9))
@@ -66,13 +66,12 @@ def _combine(
     row = tl.program_id(0)
     first, last = tl.load(begin + row), tl.load(begin + row + 1)
     column = tl.arange(0, SUMS)
-    total, peak = tl.zeros((SUMS,), tl.float64), tl.zeros((SUMS,), tl.float64)
+    totals = tl.zeros((COMBINED, SUMS), tl.float64)
     for i in range(first, last, COMBINED):
         chunk = i + tl.arange(0, COMBINED)
         found = tl.load(partial + chunk[:, None] * SUMS + column[None, :], mask=(chunk < last)[:, None], other=0.0)
-        total += tl.sum(found, axis=0)
-        peak = tl.maximum(peak, tl.max(found, axis=0))
-    total = tl.where(column == PEAK, peak, total)
+        totals = tl.where((column == PEAK)[None, :], tl.maximum(totals, found), totals + found)
+    total = tl.where(column == PEAK, tl.max(totals, axis=0), tl.sum(totals, axis=0))
     if HELD:
         total = tl.where((column >= WW) & (column < ERROR), tl.load(held + row * SUMS + column), total)
     if FINISH:
