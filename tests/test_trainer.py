@@ -191,13 +191,23 @@ def test_adapters_of_embeddings_and_the_head_are_apart_too(model: PreTrainedMode
         model = adapted.unload()
 
 
-def test_a_class_of_ones_own_is_the_one_that_is_proved(model: PreTrainedModel, tmp_path: Path) -> None:
-    """The way that is left under DeepSpeed, whatever `optim` says."""
-    args = arguments(TOTrainingArguments, tmp_path)
-    door = (RankOneTO, {"lr": LR, **OPTIONS})
-    trainer = TOTrainer(model, args, train_dataset=rows(), optimizer_cls_and_kwargs=door)
+class OwnTO(RankOneTO):
+    """With arguments of its own."""
+
+    def __init__(self, params: Any, rate: float) -> None:
+        super().__init__(params, lr=rate, **{**OPTIONS, "grad_scale": "factored"})
+
+
+def test_a_class_of_ones_own_is_the_one_that_is_proved(llama: Path, tmp_path: Path) -> None:
+    """The way that is left under DeepSpeed, whatever `optim` says; embeddings train apart here too."""
+    everything = AutoModelForCausalLM.from_pretrained(llama)
+    args, door = arguments(TOTrainingArguments, tmp_path), (OwnTO, {"rate": LR})
+    trainer = TOTrainer(everything, args, train_dataset=rows(), optimizer_cls_and_kwargs=door)
     trainer.train()
-    assert trainer.engagement.proofs["live_optimizer"] == "RankOneTO"
+    assert trainer.engagement.proofs["live_optimizer"] == "OwnTO"
+    groups = unwrapped(trainer.optimizer).param_groups
+    assert [group["grad_scale"] for group in groups] == ["factored", "rms", "factored"]
+    assert all(group["lr"] == LR for group in groups)
 
 
 @pytest.mark.parametrize(("saved_by", "resumed_by"), [("diagonal_to", "adamw_torch"), ("adamw_torch", "diagonal_to")])

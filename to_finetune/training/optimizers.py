@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,8 +58,8 @@ def recommended_learning_rate(model: nn.Module) -> float:
     return float(f"{rate * min(1.0, (MEASURED_WIDTH / width) ** 1.5):.2g}")
 
 
-def with_embeddings_apart(optimizer: TrainableOptimizer, model: nn.Module) -> TrainableOptimizer:
-    """Use "rms" in place of "factored" for embeddings, output heads and their adapters in a new optimizer.
+def with_embeddings_apart(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
+    """Return the groups with "rms" in place of "factored" for embeddings, output heads and their adapters.
 
     A batch has few of a vocabulary's tokens: if all rows counted alike, those of absent tokens would move as far as the
     others.
@@ -69,17 +69,13 @@ def with_embeddings_apart(optimizer: TrainableOptimizer, model: nn.Module) -> Tr
     if isinstance(base, PreTrainedModel) and (head := base.get_output_embeddings()) is not None:
         modules.append(head)
     embeddings = {p for module in modules for p in module.parameters()}
-    groups = []
-    for group in optimizer.param_groups:
-        if group["grad_scale"] != "factored":
-            groups.append(group)
-            continue
-        groups.append({**group, "params": [p for p in group["params"] if p not in embeddings]})
-        if apart := [p for p in group["params"] if p in embeddings]:
-            groups.append({**group, "params": apart, "grad_scale": "rms"})
-    if len(groups) == len(optimizer.param_groups):
-        return optimizer
-    return type(optimizer)(groups, **optimizer.defaults)
+    new = []
+    for group in groups:
+        apart = embeddings.intersection(group["params"]) if group["grad_scale"] == "factored" else set()
+        new.append({**group, "params": [p for p in group["params"] if p not in apart]})
+        if apart:
+            new.append({**group, "params": [p for p in group["params"] if p in apart], "grad_scale": "rms"})
+    return new
 
 
 def optimizer_options(name: str, optim_args: str | Mapping[str, Any] | None) -> dict[str, Any]:

@@ -87,7 +87,11 @@ class TrainableOptimizerMixin(_Base):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if is_new and isinstance(optimizer, TrainableOptimizer):
-            self.optimizer = optimizer = with_embeddings_apart(optimizer, self.model)
+            groups = with_embeddings_apart(optimizer.param_groups, self.model)
+            if len(groups) > len(optimizer.param_groups):
+                given = getattr(self, "optimizer_cls_and_kwargs", None)
+                cls, options = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+                self.optimizer = optimizer = cls(groups, **options)
         return optimizer
 
     @staticmethod
