@@ -83,6 +83,22 @@ def test_the_exit_code_of_a_signal_is_the_shells(
     assert capsys.readouterr().err == "interrupted; what is finished is kept\n"
 
 
+def test_a_reader_may_have_enough() -> None:
+    """As of `to-finetune plan --json | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = """
+import sys
+from to_finetune import cli
+from to_finetune.commands import report
+report.run = lambda arguments: print("{}") or 0
+sys.exit(cli.main(["report", "runs/a"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
 def test_sigterm_interrupts_a_reproduction(monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*args: object, **settings: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
