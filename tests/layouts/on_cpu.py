@@ -100,8 +100,12 @@ def kill_once(process: str, where: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """One launch for several runs: the flags of each beside those of all, as JSON in the environment's RUNS."""
+    """One launch for several runs: the flags of each beside those of all, as JSON in the environment's RUNS.
+
+    With SAVE_WHOLE there, they save as a user's own Trainer does.
+    """
     from to_finetune.finetune import main as finetune
+    from to_finetune.training import FinetuneArguments
 
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         allow_fsdp_on_the_cpu()
@@ -109,6 +113,8 @@ def main(argv: list[str]) -> int:
         use_gloo()
     if "KILL" in os.environ:
         kill_once(*os.environ["KILL"].split())
+    if "SAVE_WHOLE" in os.environ:
+        FinetuneArguments.save_only_trained = False
     gc.freeze()  # DeepSpeed collects garbage at every turn, which takes half a second with all that is imported
     codes = []
     for flags in json.loads(os.environ.get("RUNS", "[[]]")):

@@ -177,6 +177,25 @@ def test_a_model_trained_whole_goes_from_one_process_to_zero_and_back(
                 torch.testing.assert_close(found[name], weights, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("layout", ["fsdp2", "zero3"])
+def test_ones_own_trainer_saves_the_frozen_part_too(
+    layout: str, alone: dict[str, Run], llama: Path, alpaca: Path, tmp_path: Path
+) -> None:
+    config = ROOT / "configs" / "accelerate" / f"{layout}.yaml"
+    words = flags(**options(llama, alpaca, 2), **LAST_LAYER)
+    each = [flags(optim=optim, learning_rate=1e-3, output_dir=tmp_path / optim) for optim in ("diagonal_to", "sgd")]
+    done = launch(config, 2, *words, RUNS=json.dumps(each), SAVE_WHOLE="yes")
+    assert done.returncode == 0, done.stderr
+    base = load_file(llama / "model.safetensors")
+    for optim in ("diagonal_to", "sgd"):
+        for folder in (tmp_path / optim, tmp_path / optim / "checkpoint-4"):
+            found = load_file(folder / "model.safetensors")
+            assert found.keys() == base.keys()
+            for name, weights in base.items():
+                assert torch.equal(found[name], weights) == ("layers.3." not in name)
+    assert not (tmp_path / "sgd" / "trained.safetensors").exists()
+
+
 def test_two_machines(alone: dict[str, Run], llama: Path, alpaca: Path, tmp_path: Path) -> None:
     """Two launchers, as the file's comment says, with a process each."""
     config = ROOT / "configs" / "accelerate" / "multi_node.yaml"

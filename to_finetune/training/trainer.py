@@ -10,6 +10,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
@@ -31,6 +32,7 @@ from to_finetune.model.trained import (
 )
 from to_finetune.optim import DiagonalTO, RankOneTO, TrainableOptimizer
 from to_finetune.optim.checkpoint import load_state, load_weights, named, save_state, whole_weights
+from to_finetune.optim.sharding import reshard
 from to_finetune.training.arguments import TrainableOptimizerArguments
 from to_finetune.training.callbacks import ShortBackward
 from to_finetune.training.launch import check_clipping, check_layout, check_processes
@@ -131,16 +133,18 @@ class TrainableOptimizerMixin(_Base):
         weights = self._whole_weights() if self.is_sharded() else None
         return trained_tensors(self.accelerator.unwrap_model(self.model), weights)
 
-    def _whole_weights(self) -> dict[str, Tensor]:
-        """Return the whole trained weights by the parameters' names, on process 0 only."""
-        if optimizer := self._by_name():
-            return whole_weights(self.model_wrapped, optimizer)
-        trained = {name: p for name, p in named(self.model_wrapped).items() if p.requires_grad}
-        weights = {}
-        for name, p in trained.items():
-            whole = whole_parameter(p)
-            if self.args.should_save:
-                weights[name] = whole.cpu()
+    def _whole_weights(self, frozen: bool = False) -> dict[str, Tensor]:
+        """Return the whole trained weights by name, on process 0 only; with `frozen`, all weights and the buffers."""
+        reshard(self.model_wrapped)
+        optimizer = self._by_name()
+        weights = whole_weights(self.model_wrapped, optimizer) if optimizer else {}
+        for name, p in named(self.model_wrapped).items():
+            if frozen if not p.requires_grad else optimizer is None:
+                whole = whole_parameter(p)
+                if self.args.should_save:
+                    weights[name] = whole.cpu()
+        if frozen and self.args.should_save:
+            weights |= {name: buffer for name, buffer in self.model.named_buffers() if name in self.model.state_dict()}
         return weights
 
     def _by_name(self) -> TrainableOptimizer | None:
@@ -149,12 +153,12 @@ class TrainableOptimizerMixin(_Base):
         return optimizer if isinstance(optimizer, (DiagonalTO, RankOneTO)) else None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as Hugging Face does; of sharded weights, gather only those that train, one after the other."""
-        trains_whole = all(p.requires_grad for p in self.model.parameters())
-        if not (self.is_sharded() and (trains_whole or self.saves_part())):
+        """Save as Hugging Face does; gather sharded weights one after the other, and none that are not saved."""
+        if not self.is_sharded():
             super().save_model(output_dir, _internal_call)
             return
-        self._save(output_dir, self._whole_weights())
+        saves_adapters = isinstance(self.accelerator.unwrap_model(self.model), PeftModel)
+        self._save(output_dir, self._whole_weights(frozen=not (self.saves_part() or saves_adapters)))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
