@@ -43,7 +43,9 @@ batch = {"table": "*i64", "scalars": "*fp32", "chunks": "*i32", "partial": "*fp6
 for kernel in (step._reduce, step._update):
     for rank_one, weight, state in ((False, 0, 0), (True, 0, 0), (True, 1, 1), (False, 1, 2)):
         formats = dict(WEIGHT=weight, GRADIENT=weight, STATE=state)
-        more = dict(WEIGHTS_TOO=True, ALIGNED=True, ROWS=step.ROWS, TILES=step.TILES)
+        at_once = step.AT_ONCE if kernel is step._reduce else 1
+        tiles = dict(ROWS=step.ROWS * at_once, TILES=step.TILES // at_once)
+        more = dict(WEIGHTS_TOO=True, ALIGNED=True, **tiles)
         compile(kernel, batch, HAS_SKIP=True, RANK_ONE=rank_one, **formats, **more)
 combined = {"partial": "*fp64", "begin": "*i64", "sums": "*fp64", "table": "*i64", "scalars": "*fp32", "held": "*fp64"}
 for rank_one in (False, True):

@@ -36,6 +36,7 @@ from to_finetune.optim.kernels.gpu.sums import COLUMNS, NUMEL, PEAK, SCALARS, SM
 
 # Chosen by measurement on an H200: four weights per thread in each tile, and few threads that wait for each other.
 ROWS, TILES, WARPS = 8, 64, 2
+AT_ONCE = 4  # tiles that `_reduce` reads as one: it reads few bytes per weight, and needs many on their way
 
 FOURS = tl.constexpr(8)
 FIRST, KEY = tl.constexpr(9), tl.constexpr(10)
@@ -68,6 +69,7 @@ def _launch(kernel: Any, batch: Batch, scalars: Tensor, weights: bool, skip: Ten
     """Launch one pass; return the sums of each program, (programs, 8) float64, and each tensor's first program."""
     variant, weight, gradient, state = batch.formats
     chunks, begin = programs_of(batch.numbers, batch.table.device, ROWS * 32 * TILES)
+    at_once = AT_ONCE if kernel is _reduce else 1
     new = torch.empty if skip is None else torch.zeros  # a program that skips writes no sums
     partial = new(len(chunks), 8, dtype=torch.float64, device=batch.table.device)
     with torch.cuda.device_of(batch.table):  # Triton launches on the current device
@@ -84,8 +86,8 @@ def _launch(kernel: Any, batch: Batch, scalars: Tensor, weights: bool, skip: Ten
             STATE=state,
             WEIGHTS_TOO=weights,
             ALIGNED=batch.aligned,
-            ROWS=ROWS,
-            TILES=TILES,
+            ROWS=ROWS * at_once,
+            TILES=TILES // at_once,
             num_warps=WARPS,
             enable_fp_fusion=False,
         )
