@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
@@ -116,6 +118,19 @@ def test_a_frozen_weight_that_changes_is_found_out(model: PreTrainedModel, tmp_p
     run.add_callback(Meddler(model.model.layers[1].mlp.up_proj.weight, step))
     with pytest.raises(RunError, match=r"1 frozen tensors changed, model\.layers\.1\.mlp\.up_proj\.weight"):
         run.train()
+
+
+def test_adapted_weights_may_be_rounded_for_vllm(llama: Path, tmp_path: Path) -> None:
+    """TRL merges adapters into them and takes them out again; no other frozen weight may change."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), LoraConfig(target_modules=["q_proj"]))
+    layer = model.get_base_model().model.layers[1]
+    adapted, other = layer.self_attn.q_proj.base_layer.weight, layer.self_attn.k_proj.weight
+    for weight, use_vllm, stops in ((adapted, True, False), (other, True, True), (adapted, False, True)):
+        run = trainer(model, tmp_path, max_steps=2)
+        run.args.use_vllm = use_vllm
+        run.add_callback(Meddler(weight, 1))
+        with pytest.raises(RunError, match="1 frozen tensors changed") if stops else nullcontext():
+            run.train()
 
 
 @pytest.mark.parametrize("max_steps", [1, 2, 4])

@@ -67,7 +67,7 @@ class EngagementProofs(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "moved_after_first_step" in self.proofs:
             return
-        moved = self._moved(kwargs["model"])
+        moved = self._moved(kwargs["model"], args)
         if self._can_move and not self._was_skipped(kwargs["optimizer"]):
             self._steps += 1
         if moved:
@@ -82,7 +82,7 @@ class EngagementProofs(TrainerCallback):
         trained = {name for name, p in kwargs["model"].named_parameters() if p.requires_grad}
         if "moved_after_first_step" not in self.proofs and not self._began_at and state.global_step >= state.max_steps:
             raise RunError(NOTHING_MOVED)  # a whole run of one step, or of none
-        moved = self._moved(kwargs["model"])
+        moved = self._moved(kwargs["model"], args)
         if not self._began_at:  # what moved before a resume is not known
             self.proofs["never_moved"] = sorted(trained - moved)
 
@@ -94,20 +94,23 @@ class EngagementProofs(TrainerCallback):
         before, self._skipped = self._skipped, int(live.skipped_steps()) if isinstance(live, TrainableOptimizer) else 0
         return self._skipped > before
 
-    def _moved(self, model: nn.Module) -> set[str]:
+    def _moved(self, model: nn.Module, args: TrainingArguments) -> set[str]:
         """Return the names of the trained tensors that differ from the start.
 
         Raises:
-            RunError: when a frozen tensor does.
+            RunError: when a frozen tensor does. With `use_vllm`, adapted ones may: for vLLM, TRL merges the adapters
+                into them and takes them out again, which rounds.
         """
+        rounds = getattr(args, "use_vllm", False)
         reshard(model)
         moved = {name for name, value in fingerprints(model).items() if value != self._before[name]}
-        frozen = [name for name, p in model.named_parameters() if name in moved and not p.requires_grad]
+        still = [name for name, p in model.named_parameters() if not p.requires_grad]
+        frozen = [name for name in still if name in moved and not (rounds and ".base_layer." in name)]
         if frozen:
             raise RunError(
                 f"{len(frozen)} frozen tensors changed, {frozen[0]} first: something else than --optim writes."
             )
-        return moved
+        return moved.difference(still)
 
 
 def unwrapped(optimizer: Any) -> Optimizer:
