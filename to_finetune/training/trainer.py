@@ -214,6 +214,10 @@ class TrainableOptimizerMixin(_Base):
         super()._run_epoch(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the trained weights; the frozen ones too if the model is saved whole and no process holds only shards.
+
+        Sharded weights that `_by_name`'s optimizer trains are loaded with its state.
+        """
         folder = str(resume_from_checkpoint)
         if self._loads_trained(folder):
             self._load_trained(folder)
