@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,8 @@ def allow_fsdp_on_the_cpu() -> None:
 
 def use_gloo() -> None:
     """Not DeepSpeed's own sums in shared memory, which a process that is killed leaves behind half done."""
-    import deepspeed.comm.torch
-
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    backend = import_module("deepspeed.comm.torch")  # as an attribute, `deepspeed.comm.torch` is torch itself
+    backend.build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
 def kill_once(process: str, where: str) -> None:
