@@ -13,6 +13,7 @@ import os
 import secrets
 import sys
 from collections.abc import Sequence
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,9 @@ def make(name: str, state: str, model: Layers) -> TrainableOptimizer:
     return variant(model.groups(), **options, decoupled_weight_decay=True, state_dtype=state)
 
 
+@cache
 def alone(name: str, state: str) -> Layers:
-    """One process, in a plain loop."""
+    """One process, in a plain loop; made once for all layouts."""
     model = Layers()
     optimizer = make(name, state, model)
     for step in range(STEPS):
