@@ -105,8 +105,9 @@ def main(argv: list[str]) -> int:
     With SAVE_WHOLE there, they save as a user's own Trainer does.
     """
     from to_finetune.finetune import main as finetune
-    from to_finetune.training import FinetuneArguments
+    from to_finetune.training import FinetuneArguments, traces
 
+    traces.NEW_TOKENS = 8  # as in `helpers.finetune`
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         allow_fsdp_on_the_cpu()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
