@@ -37,7 +37,9 @@ RUNS: dict[str, dict[str, Any]] = {
 SEVERAL_RUNS = """
 import json, sys
 from to_finetune.finetune import main
+from to_finetune.training import traces
 
+traces.NEW_TOKENS = 8  # as in `helpers.finetune`
 for words in json.loads(sys.argv[1]):
     if main([*words, *sys.argv[2:]]):
         sys.exit(1)

@@ -69,6 +69,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return finetune_module.main(words)
 
     monkeypatch.setattr(trial_module, "finetune", finetune)
+    monkeypatch.setattr("to_finetune.training.traces.NEW_TOKENS", 8)  # as in `helpers.finetune`
     return trained
 
 
