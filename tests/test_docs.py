@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from textwrap import indent
 from types import ModuleType
+from unittest import mock
 
 import pytest
 from datasets import Dataset
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from to_finetune import DiagonalTO
 from to_finetune.cli import VERBS, main
+from to_finetune.finetune import main as finetune
 from to_finetune.training.proofs import unwrapped
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +92,12 @@ def test_the_quick_starts_rates_are_those_of_the_results() -> None:
     assert said in " ".join(README.split())
 
 
+def become(file: str, command: list[str]) -> int:
+    """The run that would take this process's place."""
+    assert (file, command[:3]) == (sys.executable, [sys.executable, "-m", "to_finetune.finetune"])
+    return finetune(command[3:])
+
+
 def test_the_whole_road_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its commands one after the other, as they stand there."""
     block = next(block for block in re.findall(r"```console\n(.*?)```", README, re.DOTALL) if "generate" in block)
@@ -101,11 +109,13 @@ def test_the_whole_road_of_the_readme(tmp_path: Path, monkeypatch: pytest.Monkey
     for folder in ("configs", "scripts"):
         os.symlink(ROOT / folder, tmp_path / folder)
     subprocess.run([sys.executable, *commands[0][1:]], check=True, capture_output=True)
+    first = next(words for words in commands if words[1] == "train")
     for words in commands[1:]:
-        if words[1] == "train":  # becomes the launcher's process
+        if words is first:  # becomes the run's process; the next one does in this process what that would do
             subprocess.run([sys.executable, "-m", "to_finetune.cli", *words[1:]], check=True, capture_output=True)
         else:
-            assert main(words[1:]) == 0, shlex.join(words)
+            with mock.patch("os.execvp", become):
+                assert main(words[1:]) == 0, shlex.join(words)
     for made in ("subset.yaml", "both.html", "mine/report.html", "mine/hub/README.md", "merged/model.safetensors"):
         assert (tmp_path / "runs" / made).stat().st_size
     for made in ("mine/trained.safetensors", "lora/adapter_model.safetensors", "sweep/sweep.json"):
