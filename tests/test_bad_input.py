@@ -53,7 +53,38 @@ BAD = {
     "option that is a word": ({"optim_args": "alpha=big"}, "alpha='big'", "number"),
     "switch that is a word": ({"optim_args": "relative_alpha=no"}, "relative_alpha='no'", "false"),
     "rate among the options": ({"optim_args": "lr=0.1"}, "lr=0.1", "--learning_rate"),
+    "Adam's flags for a TO": ({"adam_beta1": 0.8}, "adam_beta1", "--optim_args"),
+    "AdamW's beta": ({"optim": "adamw_torch", "adam_beta1": 1.5}, "optim=adamw_torch", "1.5"),
     "negative rate": ({"learning_rate": -1}, "lr=-1.0", "at least 0"),
+    # flags that could not be obeyed, or fail late
+    "rounded for an evaluation": ({"bf16_full_eval": True}, "bf16_full_eval", "--bf16 true"),
+    "batch size found on the way": ({"auto_find_batch_size": True}, "auto_find_batch_size", "to-finetune plan"),
+    "best without checkpoint": (
+        {
+            **{"eval_strategy": "steps", "eval_steps": 1, "val_set_size": 4},
+            **{"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True},
+        },
+        "save_steps=2",
+        "eval_steps=1",
+    ),
+    "float16 on a CPU": ({"fp16": True}, "fp16=True", "--bf16 true"),
+    "rows of a step": ({"accelerator_config": '{"split_batches": true}'}, "split_batches", "--per_device"),
+    "no accelerator_config": ({"accelerator_config": "none.json"}, "none.json"),
+    "a branch on the hub": ({"hub_revision": "dev"}, "hub_revision", "main"),
+    "workers": ({"dataloader_persistent_workers": True}, "dataloader_num_workers=0", "at least 1"),
+    "smoothing": ({"label_smoothing_factor": 1.5}, "label_smoothing_factor=1.5", "between 0 and 1"),
+    "noise": ({"neftune_noise_alpha": -5}, "neftune_noise_alpha=-5", "at least 0"),
+    "padding to nothing": ({"pad_to_multiple_of": 0}, "pad_to_multiple_of=0", "at least 1"),
+    "a kernel that is not there": ({"use_liger_kernel": True}, "pip install liger-kernel"),
+    "scheduler without its arguments": ({"lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr", "min_lr"),
+    "report to what is not there": ({"report_to": "codecarbon"}, "report_to=['codecarbon']", "installed"),
+    "first evaluation of nothing": ({"eval_on_start": True}, "eval_on_start=True", "--val_set_size"),
+    "less than a step": (
+        {"dataloader_drop_last": True, "per_device_train_batch_size": 50},
+        "dataloader_drop_last=True",
+        "50 rows, there are 24",
+    ),
+    "tokens seen": ({"include_num_input_tokens_seen": "true"}, "include_num_input_tokens_seen", "non_padding"),
     # flags and configuration
     "bad value": ({"learning_rate": "fast"}, "--learning_rate", "'fast'"),
     "unknown flag": ({"learning_rte": 0.1}, "'learning_rte'", "'learning_rate'"),
@@ -165,6 +196,18 @@ def test_it_is_named_and_nothing_is_written(
     assert [words for words in named if words not in error] == []
     assert len(error) < 800
     assert not any(run.folder.rglob("*"))
+
+
+def test_an_unknown_metric_is_said_once_the_others_are_known(
+    finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metric = {"metric_for_best_model": "eval_los", "eval_strategy": "steps", "eval_steps": 1, "val_set_size": 4}
+    run = finetune(tmp_path / "out", **metric)
+    assert run.code == 2
+    error = the_error(capsys)
+    assert "'eval_los'" in error
+    assert "eval_loss" in error
+    assert run.record["status"] == "failed"
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,17 @@ def test_packed_texts_count_each_from_its_second_token(
         assert (result["tokens"], result["loss"]) == (alone["tokens"], pytest.approx(alone["loss"], rel=1e-6))
 
 
+def test_no_held_out_row_is_dropped(
+    run: Run, finetune: Callable[..., Run], tmp_path: Path, evaluate: Callable[..., Any]
+) -> None:
+    """With `dataloader_drop_last`, which is meant for the training."""
+    wanted = evaluate(run.folder)
+    dropping = {"dataloader_drop_last": True, "per_device_eval_batch_size": 4, "val_set_size": 6}
+    found = finetune(tmp_path / "run", **dropping, learning_rate=0.05)
+    assert found.record["results"]["eval_loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+    assert evaluate(found.folder)["tokens"] == wanted["tokens"]
+
+
 def test_the_loss_of_a_run_that_loads_its_best_model_is_that_models(
     finetune: Callable[..., Run], tmp_path: Path, evaluate: Callable[..., Any]
 ) -> None:

@@ -167,6 +167,16 @@ def test_a_checkpoint_of_the_weights_alone_is_not_gone_on_from(
     assert "checkpoint-4' cannot be resumed from: it has no optimizer's state" in capsys.readouterr().err
 
 
+def test_a_resumed_run_saves_and_evaluates_as_often_as_it_is_told(finetune: Finetune, tmp_path: Path) -> None:
+    """Not as often as the run that it goes on from."""
+    finetune(tmp_path / "run", save_strategy="steps", save_steps=4, val_set_size=4)
+    now = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
+    run = finetune(tmp_path / "run", max_steps=STEPS, val_set_size=4, resume_from_checkpoint=True, **now)
+    assert run.code == 0
+    assert all((run.folder / f"checkpoint-{step}").is_dir() for step in range(4, STEPS + 1))
+    assert [row["step"] for row in run.trainer.state.log_history if "eval_loss" in row] == [6, 8]
+
+
 def test_an_earlier_checkpoint_is_not_gone_on_from_beside_later_ones(
     finetune: Finetune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,7 @@ from to_finetune.errors import RunError, UsageError
 from to_finetune.report.page import write_report
 from to_finetune.report.plot import plot_losses
 from to_finetune.report.push import check_push, push
-from to_finetune.runs import CONFIG, RECORD, last_checkpoint
+from to_finetune.runs import CONFIG, RECORD, last_checkpoint, step_of
 from to_finetune.signals import signal_of, sigterm_interrupts
 from to_finetune.training.arguments import (
     DataArguments,
@@ -43,6 +43,7 @@ from to_finetune.training.callbacks import (
     TerminalProgress,
     WholeRuntime,
 )
+from to_finetune.training.flags import check_flags, check_rows
 from to_finetune.training.launch import check_processes
 from to_finetune.training.memory import RunMemory
 from to_finetune.training.prepare import data_report, prepare_data, prepare_model, prepare_trainer, settle_learning_rate
@@ -103,6 +104,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     )
     pushes, args.push_to_hub = args.push_to_hub, False  # the Trainer's own push uploads local paths and the token
     trainer = prepare_trainer(model, tokenizer, args, train_dataset, eval_dataset)
+    check_rows(trainer.train_dataset, args)
     check_labels(trainer.train_dataset, args.max_length)
     if trainer.eval_dataset is not None:
         check_labels(trainer.eval_dataset, args.max_length, "held-out")
@@ -111,7 +113,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     signals, samples = SaveOnSignal(), SampleAnswers(trainer, record.folder)
     for hf_callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(hf_callback)
-    progress = TerminalProgress() if sys.stderr.isatty() else TerminalLines()
+    progress = TerminalProgress() if sys.stderr.isatty() and not args.disable_tqdm else TerminalLines()
     for callback in (progress, StopOnNonFinite(), signals, LogBeforeSave(), memory, WholeRuntime()):
         trainer.add_callback(callback)
     trainer.add_callback(SlopeTrace(record.folder))
@@ -140,12 +142,13 @@ def check(
     """Check the arguments before anything is loaded; return the run's record and the checkpoint to resume from.
 
     Raises:
-        UsageError: for an invalid number of processes, repository, model, folder or checkpoint.
+        UsageError: for an invalid number of processes, repository, model, folder, checkpoint or flag.
     """
     check_processes(args.world_size)
     if args.push_to_hub:
         check_push(args.hub_model_id or Path(args.output_dir).name, args.hub_token)
     settle_learning_rate(model_args, args)
+    check_flags(args)
     resume = resume_point(args.resume_from_checkpoint, args.output_dir)
     rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     record = RunRecord(args.output_dir, resolved_config(model_args, data_args, args), rows_a_step)
@@ -166,6 +169,8 @@ def recorded(trainer: TOSFTTrainer, record: RunRecord) -> Iterator[None]:
         conclude(trainer, record, status="failed", error=f"{type(error).__name__}: {error}")
         if isinstance(error, torch.OutOfMemoryError):
             raise RunError(OUT_OF_MEMORY) from error
+        if isinstance(error, KeyError) and "metric_for_best_model" in str(error):  # known at the first evaluation
+            raise UsageError(str(error.args[0])) from error
         raise
 
 
@@ -181,7 +186,7 @@ def finish(trainer: TOSFTTrainer, args: FinetuneArguments) -> dict[str, Any]:
             proofs = trainer.engagement.proofs
             proofs["saved_bytes_read_back"] = check_saved(trained, args.output_dir, proofs["trained_tensors"])
     was_loaded = args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
-    saved_step = trainer.state.best_global_step if was_loaded else None
+    saved_step = step_of(str(trainer.state.best_model_checkpoint)) if was_loaded else None
     return summarise(history, saved_step)
 
 

@@ -136,6 +136,11 @@ def test_an_optimizer_of_hugging_faces_trains_a_part_as_well(
             each.append(flags(**own, **adamw, **going_on, output_dir=tmp_path / folder / part))
         done = launch(config, 2, *flags(**options(llama, alpaca, 2)), RUNS=json.dumps(each))
         assert done.returncode == 0, done.stderr
+    sixteen = flags(**LAST_LAYER, **adamw, bf16=True, output_dir=tmp_path / "sixteen")
+    if layout != "fsdp2":
+        done = launch(config, 2, *flags(**options(llama, alpaca, 2)), RUNS=json.dumps([sixteen]))
+        assert done.returncode == 0, done.stderr
+        assert {p.dtype for p in Run(0, tmp_path / "sixteen", None).weights.values()} == {torch.float32}
     for part, own in parts.items():
         alone = finetune(tmp_path / "alone" / part, **own, **adamw, **options(llama, alpaca, 1))
         assert_same_run(Run(0, tmp_path / "whole" / part, None), alone)

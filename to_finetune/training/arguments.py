@@ -244,6 +244,9 @@ class FinetuneArguments(TrainableOptimizerArguments, SFTConfig):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Look for trained weights without a gradient. Default: off, there are none."}
     )
+    include_num_input_tokens_seen: str = field(
+        default="no", metadata={"help": "Count the tokens.", "choices": ["no", "all", "non_padding"]}
+    )
     report_to: None | str | list[str] = field(  # noqa: RUF036 (HF's parser needs this order)
         default="tensorboard", metadata={"help": "tensorboard, wandb, ..., or none."}
     )
@@ -359,7 +362,7 @@ def parse_arguments(
         model, data, args, *rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except UsageError:
         raise
-    except (ArgumentError, ValueError, TypeError, ImportError) as error:
+    except (ArgumentError, ValueError, TypeError, ImportError, OSError) as error:
         raise UsageError(str(error)) from error
     if rest[0]:
         raise UsageError(f"Cannot make sense of {' '.join(rest[0])!r}: a flag begins with '--'.")

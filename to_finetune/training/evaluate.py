@@ -25,6 +25,7 @@ from to_finetune.training.prepare import prepare_data, prepare_model, prepare_tr
 # Settings that say how a run is trained and saved, not how its loss is evaluated.
 TRAINING_ONLY = (
     "deepspeed",
+    "eval_on_start",
     "eval_strategy",
     "fsdp",
     "fsdp_config",

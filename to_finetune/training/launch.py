@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from to_finetune.errors import UsageError, at_least_one
 from to_finetune.signals import on_stop
@@ -152,6 +153,8 @@ def check_layout(args: TrainingArguments, state: Any, is_sharded: bool, optimize
             "Under DeepSpeed Hugging Face drops the optimizer of optimizers=(...) and makes another; name it with "
             "optim= and optim_args=, or give optimizer_cls_and_kwargs=."
         )
+    if is_sharded and args.optim == OptimizerNames.ADAFACTOR:
+        raise UsageError("adafactor factors whole matrices, which FSDP and DeepSpeed cut: use DDP, or another optim.")
     plugin = getattr(state, "fsdp_plugin", None)
     if plugin is not None and plugin.fsdp_version != 2:
         raise UsageError("FSDP's first version is not supported: set fsdp_version: 2 in accelerate's fsdp_config.")

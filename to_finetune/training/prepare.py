@@ -143,8 +143,9 @@ def prepare_data(model_args: ModelArguments, data_args: DataArguments, args: Fin
     _say(data.notes, args)
     if isinstance(data.train, Dataset) and len(data.train) > 20_000:
         datasets.enable_progress_bars()  # tokenizing takes long enough to want them
-    if data.held_out is None and args.eval_strategy != "no":
-        raise UsageError(f"eval_strategy={args.eval_strategy.value!r} needs --eval_dataset_name or --val_set_size.")
+    if data.held_out is None and (args.eval_strategy != "no" or args.eval_on_start):
+        flag = "eval_on_start=True" if args.eval_on_start else f"eval_strategy={args.eval_strategy.value!r}"
+        raise UsageError(f"{flag} needs --eval_dataset_name or --val_set_size.")
 
     if data.form in (MESSAGES, TURNS) or args.chat_template_path is not None:
         eos_token = set_chat_template(tokenizer, args.chat_template_path)
@@ -182,6 +183,8 @@ def prepare_trainer(
     except TemplateError as error:
         raise UsageError(f"the chat template: {error}") from error
     except RuntimeError as error:
+        if "to be installed" in str(error):  # what reports to it
+            raise UsageError(f"report_to={args.report_to}: {error}") from error
         if "assistant_only_loss" not in str(error):
             raise
         raise UsageError(

@@ -42,6 +42,7 @@ class EngagementProofs(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        state.compute_steps(args, state.max_steps)  # else a checkpoint says how often to save and to evaluate
         self.proofs, self._steps = {}, 0  # of this training: hyperparameter_search calls train() once a trial
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         live = unwrapped(optimizer)

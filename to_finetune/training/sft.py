@@ -40,14 +40,16 @@ class TOSFTTrainer(TrainableOptimizerMixin, SFTTrainer):
     ) -> Any:
         """Run TRL's preparation in two steps: tokenize the rows, then cut or pack them.
 
-        Held-out rows are filled up to divide evenly among processes: accelerate would repeat some, which would count.
+        Held-out rows are filled up to divide evenly among processes: accelerate would repeat some, which would count,
+        and with `dataloader_drop_last` Hugging Face leaves some out.
         """
         whole = copy(args)
         whole.max_length, whole.shuffle_dataset = None, False
         rows = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
         self.uncut[dataset_name] = rows
         rows = super()._prepare_dataset(rows, processing_class, args, packing, None, dataset_name)
-        if dataset_name != "train" and args.world_size > 1 and isinstance(rows, Dataset):
+        is_uneven = args.world_size > 1 or args.dataloader_drop_last
+        if dataset_name != "train" and is_uneven and isinstance(rows, Dataset):
             return filled_up(rows, args.world_size * args.eval_batch_size)
         return rows
 

@@ -292,9 +292,17 @@ def without_token(args: TrainingArguments) -> Iterator[None]:
 
 
 def whole_parameter(p: Tensor) -> Tensor:
-    """Return all of a parameter that FSDP2 or ZeRO-3 may have sharded; all processes must call it."""
+    """Return all of a parameter that FSDP2 or ZeRO-3 may have sharded; all processes must call it.
+
+    Of a weight that trains under ZeRO, these are DeepSpeed's 32-bit master weights.
+    """
     if isinstance(p, DTensor):
         return p.full_tensor().detach()
+    if p.requires_grad and (hasattr(p, "_hp_mapping") or hasattr(p, "ds_id")):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if (whole := safe_get_full_fp32_param(p)) is not None:
+            return whole.detach().clone()
     if hasattr(p, "ds_id"):
         import deepspeed
 

@@ -1,0 +1,120 @@
+"""Flags of Hugging Face's that a run could not obey, or would fail over after it has begun."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import Trainer, get_scheduler
+from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import is_liger_kernel_available
+
+from to_finetune.errors import UsageError, at_least_one
+from to_finetune.training.arguments import FinetuneArguments
+from to_finetune.training.optimizers import OPTIMIZERS
+
+PLAIN = ("adamw", "ademamix", "adagrad", "lion", "rmsprop", "sgd")  # optimizers that need no model to be made
+
+
+def check_flags(args: FinetuneArguments) -> None:
+    """Raise for the first flag that would be ignored, do harm, or fail late; the learning rate must be known.
+
+    Raises:
+        UsageError: with what to do instead.
+    """
+    at_least_one(eval_accumulation_steps=args.eval_accumulation_steps, pad_to_multiple_of=args.pad_to_multiple_of)
+    by_steps = args.save_strategy == args.eval_strategy == IntervalStrategy.STEPS
+    batches = args.accelerator_config
+    has_workers = args.dataloader_num_workers > 0
+    needs_workers = args.dataloader_persistent_workers or getattr(args, "dataloader_multiprocessing_context", None)
+    adam = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+    given = [name for name, default in adam.items() if getattr(args, name) != default]
+    for is_wrong, sentence in (
+        (
+            args.bf16_full_eval or args.fp16_full_eval,
+            "bf16_full_eval and fp16_full_eval would round the trained weights themselves before they are saved. An "
+            "evaluation takes the precision of the training: --bf16 true.",
+        ),
+        (
+            args.auto_find_batch_size,
+            "auto_find_batch_size=True would begin again on weights that have moved. `to-finetune plan --memory SIZE` "
+            "finds the batch size before the run.",
+        ),
+        (
+            args.load_best_model_at_end and by_steps and args.save_steps != args.eval_steps,
+            f"load_best_model_at_end=True needs a checkpoint of each evaluation: save_steps={args.save_steps:g} is not "
+            f"eval_steps={args.eval_steps or args.logging_steps:g}.",
+        ),
+        (
+            args.fp16 and args.device.type == "cpu",
+            "fp16=True does nothing on a CPU; --bf16 true and float32 work there.",
+        ),
+        (
+            batches.split_batches or "num_steps" in (batches.gradient_accumulation_kwargs or {}),
+            "accelerator_config: split_batches and gradient_accumulation_kwargs would change the rows of a step. Use "
+            "--per_device_train_batch_size and --gradient_accumulation_steps.",
+        ),
+        (
+            args.hub_revision is not None or args.hub_strategy != "every_save" or args.hub_always_push,
+            "hub_revision, hub_strategy and hub_always_push are not taken: a run is pushed once, at its end, to main.",
+        ),
+        (
+            args.dataloader_num_workers < 0 or (needs_workers and not has_workers),
+            f"dataloader_num_workers={args.dataloader_num_workers} is not valid: at least 0, and at least 1 with "
+            "dataloader_persistent_workers or dataloader_multiprocessing_context.",
+        ),
+        (
+            not 0 <= args.label_smoothing_factor <= 1,
+            f"label_smoothing_factor={args.label_smoothing_factor:g} is not valid: between 0 and 1.",
+        ),
+        (
+            (args.neftune_noise_alpha or 0) < 0,
+            f"neftune_noise_alpha={args.neftune_noise_alpha} is not valid: at least 0.",
+        ),
+        (
+            args.use_liger_kernel and not is_liger_kernel_available(),
+            "use_liger_kernel=True needs the library: pip install liger-kernel.",
+        ),
+        (
+            given and args.optim in OPTIMIZERS,
+            f"{', '.join(given)}: {args.optim} has none; its options are --optim_args.",
+        ),
+    ):
+        if is_wrong:
+            raise UsageError(sentence)
+    _check_optimizer_and_scheduler(args)
+
+
+def check_rows(rows: Any, args: FinetuneArguments) -> None:
+    """Raise if `dataloader_drop_last` drops all of the prepared training rows.
+
+    Raises:
+        UsageError: with their number.
+    """
+    a_batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and isinstance(rows, Dataset) and len(rows) < a_batch:
+        raise UsageError(f"dataloader_drop_last=True leaves none: a batch takes {a_batch} rows, there are {len(rows)}.")
+
+
+def _check_optimizer_and_scheduler(args: FinetuneArguments) -> None:
+    """Build both once for a dummy weight, as the Trainer will for the model's."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer: torch.optim.Optimizer = torch.optim.SGD([weight], lr=args.learning_rate or 0.0)
+    if args.optim.startswith(PLAIN):
+        try:
+            cls, options = Trainer.get_optimizer_cls_and_kwargs(args)
+            optimizer = cls([weight], **options)
+        except (ValueError, TypeError, ImportError) as error:
+            raise UsageError(f"optim={args.optim}: {error}") from error
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=args.get_warmup_steps(100),
+            num_training_steps=100,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except (ValueError, TypeError) as error:
+        kind = f"lr_scheduler_type={args.lr_scheduler_type.value}, lr_scheduler_kwargs={args.lr_scheduler_kwargs}"
+        raise UsageError(f"{kind}: {error}") from error
