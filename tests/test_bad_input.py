@@ -55,6 +55,8 @@ BAD = {
     "rate among the options": ({"optim_args": "lr=0.1"}, "lr=0.1", "--learning_rate"),
     "Adam's flags for a TO": ({"adam_beta1": 0.8}, "adam_beta1", "--optim_args"),
     "AdamW's beta": ({"optim": "adamw_torch", "adam_beta1": 1.5}, "optim=adamw_torch", "1.5"),
+    "an option that is dropped": ({"optim": "sgd", "optim_args": "momentun=0.9"}, "sgd", "'momentun'"),
+    "options of an 8-bit AdamW": ({"optim": "adamw_bnb_8bit", "optim_args": "eps=0.1"}, "adamw_bnb_8bit", "eps=0.1"),
     "negative rate": ({"learning_rate": -1}, "lr=-1.0", "at least 0"),
     # flags that could not be obeyed, or fail late
     "rounded for an evaluation": ({"bf16_full_eval": True}, "bf16_full_eval", "--bf16 true"),

@@ -30,6 +30,7 @@ from to_finetune.model import load_finetuned, select_trainable
 from to_finetune.optim import DiagonalTO, FullTO, RankOneTO
 from to_finetune.training import FinetuneArguments, TOTrainer, TOTrainingArguments
 from to_finetune.training.arguments import TrainableOptimizerArguments
+from to_finetune.training.launch import check_layout
 from to_finetune.training.optimizers import ADAPTER_RATE, RATE, RECOMMENDED_OPTIONS, recommended_learning_rate
 from to_finetune.training.proofs import unwrapped
 
@@ -322,6 +323,14 @@ def test_arguments_that_know_no_to_are_refused(model: PreTrainedModel, tmp_path:
     """Else AdamW would train without a word."""
     with pytest.raises(UsageError, match=r"TOTrainer would train with adamw_torch\w*: give it TOTrainingArguments"):
         TOTrainer(model, TrainingArguments(str(tmp_path), use_cpu=True))
+
+
+def test_adafactor_is_not_sharded(tmp_path: Path) -> None:
+    """Its factors would be those of parts of the matrices."""
+    args = arguments(TOTrainingArguments, tmp_path, optim="adafactor")
+    check_layout(args, None, is_sharded=False, optimizer=None)
+    with pytest.raises(UsageError, match="adafactor factors whole matrices"):
+        check_layout(args, None, is_sharded=True, optimizer=None)
 
 
 def test_options_come_as_text_or_as_a_mapping(tmp_path: Path) -> None:

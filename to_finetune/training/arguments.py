@@ -28,7 +28,10 @@ from to_finetune.training.optimizers import (
     parse_optim_args,
 )
 
-WITHOUT_OPTIONS = ("adamw_torch", "adamw_torch_fused", "adafactor")  # Hugging Face ignores their optim_args
+WITHOUT_OPTIONS = (  # Hugging Face ignores their optim_args
+    *("adamw_torch", "adamw_torch_fused", "adafactor", "adamw_8bit", "adamw_bnb_8bit"),
+    *("paged_adamw_8bit", "paged_adamw_32bit"),
+)
 SECRETS = ("hub_token",)  # flags whose values are written nowhere
 
 

@@ -12,7 +12,7 @@ from transformers.utils import is_liger_kernel_available
 
 from to_finetune.errors import UsageError, at_least_one
 from to_finetune.training.arguments import FinetuneArguments
-from to_finetune.training.optimizers import OPTIMIZERS
+from to_finetune.training.optimizers import OPTIMIZERS, parse_optim_args
 
 PLAIN = ("adamw", "ademamix", "adagrad", "lion", "rmsprop", "sgd")  # optimizers that need no model to be made
 
@@ -107,6 +107,9 @@ def _check_optimizer_and_scheduler(args: FinetuneArguments) -> None:
             optimizer = cls([weight], **options)
         except (ValueError, TypeError, ImportError) as error:
             raise UsageError(f"optim={args.optim}: {error}") from error
+        taken = (*options, "beta1", "beta2", "beta3")  # ademamix's become one argument
+        if dropped := [key for key in parse_optim_args(args.optim_args) if key not in taken]:
+            raise UsageError(f"optim_args: Hugging Face gives {args.optim} no {dropped[0]!r}.")
     try:
         get_scheduler(
             args.lr_scheduler_type,
