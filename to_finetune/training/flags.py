@@ -29,6 +29,8 @@ def check_flags(args: FinetuneArguments) -> None:
     has_workers = args.dataloader_num_workers > 0
     needs_workers = args.dataloader_persistent_workers or getattr(args, "dataloader_multiprocessing_context", None)
     adam = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+    steps = {name: getattr(args, name) for name in ("save_steps", "eval_steps", "logging_steps")}
+    negative = [f"{name}={number:g}" for name, number in steps.items() if (number or 0) < 0]
     given = [name for name, default in adam.items() if getattr(args, name) != default]
     for is_wrong, sentence in (
         (
@@ -45,6 +47,16 @@ def check_flags(args: FinetuneArguments) -> None:
             args.load_best_model_at_end and by_steps and args.save_steps != args.eval_steps,
             f"load_best_model_at_end=True needs a checkpoint of each evaluation: save_steps={args.save_steps:g} is not "
             f"eval_steps={args.eval_steps or args.logging_steps:g}.",
+        ),
+        (negative, f"{', '.join(negative)}: not valid, at least 0."),
+        (
+            args.activation_offloading and args.device.type == "cpu",
+            "activation_offloading=True needs a GPU, from which to offload.",
+        ),
+        (
+            args.model_init_kwargs,
+            f"model_init_kwargs={args.model_init_kwargs!r} is not taken: --dtype, --attn_implementation and "
+            "--model_revision say how the model is loaded.",
         ),
         (
             args.fp16 and args.device.type == "cpu",
