@@ -220,21 +220,22 @@ class Contestant:
             torch.cuda._sleep(BUSY)
             self.device_ms.append(self._step_between_events()[0])
         else:
-            began = time.perf_counter()
-            self.optimizer.step()
-            ms = host_ms = 1e3 * (time.perf_counter() - began)
+            ms = host_ms = self._step_on_host()
         self.ms.append(ms)
         self.host_ms.append(host_ms)
 
     def _step_between_events(self) -> tuple[float, float]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        began = time.perf_counter()
-        self.optimizer.step()
-        host_ms = 1e3 * (time.perf_counter() - began)
+        host_ms = self._step_on_host()
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end), host_ms
+
+    def _step_on_host(self) -> float:
+        began = time.perf_counter()
+        self.optimizer.step()
+        return 1e3 * (time.perf_counter() - began)
 
     def measure_memory(self, device: torch.device) -> None:
         """Measure a step's peak memory above the level before, and the bytes of state without the 0-dim counts."""

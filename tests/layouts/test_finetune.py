@@ -134,12 +134,11 @@ def test_an_optimizer_of_hugging_faces_trains_a_part_as_well(
         for part, own in parts.items():
             going_on = {} if folder == "whole" else {"resume_from_checkpoint": tmp_path / f"whole/{part}/checkpoint-2"}
             each.append(flags(**own, **adamw, **going_on, output_dir=tmp_path / folder / part))
+        if folder == "whole" and layout != "fsdp2":  # last: bfloat16 stays on in the environment
+            each.append(flags(**LAST_LAYER, **adamw, bf16=True, output_dir=tmp_path / "sixteen"))
         done = launch(config, 2, *flags(**options(llama, alpaca, 2)), RUNS=json.dumps(each))
         assert done.returncode == 0, done.stderr
-    sixteen = flags(**LAST_LAYER, **adamw, bf16=True, output_dir=tmp_path / "sixteen")
     if layout != "fsdp2":
-        done = launch(config, 2, *flags(**options(llama, alpaca, 2)), RUNS=json.dumps([sixteen]))
-        assert done.returncode == 0, done.stderr
         assert {p.dtype for p in Run(0, tmp_path / "sixteen", None).weights.values()} == {torch.float32}
     for part, own in parts.items():
         alone = finetune(tmp_path / "alone" / part, **own, **adamw, **options(llama, alpaca, 1))

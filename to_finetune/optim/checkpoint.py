@@ -90,7 +90,6 @@ def whole_weights(model: nn.Module, optimizer: TrainableOptimizer) -> dict[str, 
 
     All processes must call it. Under DeepSpeed they are its 32-bit master weights.
     """
-    reshard(model)
     parameters = named(model)
     names = optimizer.names(parameters)
     here: dict[int, list[Member]] = {}
@@ -113,7 +112,6 @@ def load_weights(model: nn.Module, optimizer: TrainableOptimizer, weights: Mappi
     Raises:
         RuntimeError: if a trained tensor is missing or has another size.
     """
-    reshard(model)
     names = optimizer.names(named(model))
     members = optimizer.held()
     for member in members:
@@ -126,7 +124,11 @@ def load_weights(model: nn.Module, optimizer: TrainableOptimizer, weights: Mappi
 
 
 def named(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters by their names without the wrappers around the model or parts of it."""
+    """Return the parameters by their names without the wrappers around the model or parts of it.
+
+    Those that FSDP2 has sharded are shards, also after an evaluation, which leaves some whole.
+    """
+    reshard(model)
     parameters: dict[str, Tensor] = {bare(name): p for name, p in model.named_parameters()}
     while parameters and all(name.startswith("module.") for name in parameters):  # added by DDP, or DeepSpeed's engine
         parameters = {name.removeprefix("module."): p for name, p in parameters.items()}
@@ -153,7 +155,6 @@ class _Contents:
             raise RuntimeError("FullTO's state changes its shape with the steps: torch.save its state_dict() instead.")
         self.values: dict[str, Tensor] = {}
         self.after_loading: list[Callable[[], Any]] = []
-        reshard(model)
         names = optimizer.names(named(model))
         self.members = optimizer.held()
         for member in self.members:

@@ -29,8 +29,13 @@ from to_finetune.training.optimizers import (
 )
 
 WITHOUT_OPTIONS = (  # Hugging Face ignores their optim_args
-    *("adamw_torch", "adamw_torch_fused", "adafactor", "adamw_8bit", "adamw_bnb_8bit"),
-    *("paged_adamw_8bit", "paged_adamw_32bit"),
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "adafactor",
 )
 SECRETS = ("hub_token",)  # flags whose values are written nowhere
 

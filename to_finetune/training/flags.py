@@ -26,12 +26,11 @@ def check_flags(args: FinetuneArguments) -> None:
     at_least_one(eval_accumulation_steps=args.eval_accumulation_steps, pad_to_multiple_of=args.pad_to_multiple_of)
     by_steps = args.save_strategy == args.eval_strategy == IntervalStrategy.STEPS
     batches = args.accelerator_config
-    has_workers = args.dataloader_num_workers > 0
     needs_workers = args.dataloader_persistent_workers or getattr(args, "dataloader_multiprocessing_context", None)
-    adam = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
     steps = {name: getattr(args, name) for name in ("save_steps", "eval_steps", "logging_steps")}
     negative = [f"{name}={number:g}" for name, number in steps.items() if (number or 0) < 0]
-    given = [name for name, default in adam.items() if getattr(args, name) != default]
+    adam = ("adam_beta1", "adam_beta2", "adam_epsilon")
+    given = [name for name in adam if getattr(args, name) != getattr(FinetuneArguments, name)]
     for is_wrong, sentence in (
         (
             args.bf16_full_eval or args.fp16_full_eval,
@@ -72,7 +71,7 @@ def check_flags(args: FinetuneArguments) -> None:
             "hub_revision, hub_strategy and hub_always_push are not taken: a run is pushed once, at its end, to main.",
         ),
         (
-            args.dataloader_num_workers < 0 or (needs_workers and not has_workers),
+            args.dataloader_num_workers < (1 if needs_workers else 0),
             f"dataloader_num_workers={args.dataloader_num_workers} is not valid: at least 0, and at least 1 with "
             "dataloader_persistent_workers or dataloader_multiprocessing_context.",
         ),

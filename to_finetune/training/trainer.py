@@ -32,7 +32,6 @@ from to_finetune.model.trained import (
 )
 from to_finetune.optim import DiagonalTO, RankOneTO, TrainableOptimizer
 from to_finetune.optim.checkpoint import load_state, load_weights, named, save_state, whole_weights
-from to_finetune.optim.sharding import reshard
 from to_finetune.training.arguments import TrainableOptimizerArguments
 from to_finetune.training.callbacks import ShortBackward
 from to_finetune.training.launch import check_clipping, check_layout, check_processes
@@ -62,8 +61,8 @@ class TrainableOptimizerMixin(_Base):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        given = getattr(self, "optimizer_cls_and_kwargs", None)
-        if not (isinstance(self.args, TrainableOptimizerArguments) or given or self.optimizer):
+        given = self.optimizer_cls_and_kwargs or self.optimizer
+        if not (isinstance(self.args, TrainableOptimizerArguments) or given):
             optim = OptimizerNames(self.args.optim).value
             raise UsageError(
                 f"{type(self).__name__} would train with {optim}: give it TOTrainingArguments, or your own arguments "
@@ -76,7 +75,7 @@ class TrainableOptimizerMixin(_Base):
             )
         if self.args.learning_rate is None:
             self.args.learning_rate = recommended_learning_rate(self.model)
-        expected, _ = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        expected, _ = self._class_and_options()
         is_class = isinstance(expected, type) and issubclass(expected, Optimizer)
         check_processes(self.args.world_size)
         check_layout(self.args, self.accelerator.state, self.is_sharded(), self.optimizer)
@@ -91,10 +90,13 @@ class TrainableOptimizerMixin(_Base):
         if is_new and isinstance(optimizer, TrainableOptimizer):
             groups = with_embeddings_apart(optimizer.param_groups, self.model)
             if len(groups) > len(optimizer.param_groups):
-                given = getattr(self, "optimizer_cls_and_kwargs", None)
-                cls, options = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+                cls, options = self._class_and_options()
                 self.optimizer = optimizer = cls(groups, **options)
         return optimizer
+
+    def _class_and_options(self) -> tuple[Any, dict[str, Any]]:
+        """Return the optimizer's class (or factory) and keyword arguments: as given, else those of the arguments."""
+        return self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: Any = None) -> tuple[Any, Any]:
@@ -135,16 +137,17 @@ class TrainableOptimizerMixin(_Base):
 
     def _whole_weights(self, frozen: bool = False) -> dict[str, Tensor]:
         """Return the whole trained weights by name, on process 0 only; with `frozen`, all weights and the buffers."""
-        reshard(self.model_wrapped)
         optimizer = self._by_name()
         weights = whole_weights(self.model_wrapped, optimizer) if optimizer else {}
         for name, p in named(self.model_wrapped).items():
-            if frozen if not p.requires_grad else optimizer is None:
+            is_missing = optimizer is None if p.requires_grad else frozen
+            if is_missing:
                 whole = whole_parameter(p)
                 if self.args.should_save:
                     weights[name] = whole.cpu()
         if frozen and self.args.should_save:
-            weights |= {name: buffer for name, buffer in self.model.named_buffers() if name in self.model.state_dict()}
+            kept = self.model.state_dict().keys()
+            weights |= {name: buffer for name, buffer in self.model.named_buffers() if name in kept}
         return weights
 
     def _by_name(self) -> TrainableOptimizer | None:
