@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import yaml
 
 from to_finetune.errors import UsageError
 from to_finetune.training.arguments import parse_arguments, resolved_config
+from to_finetune.training.flags import without_effect
 
-from .helpers import flags
+from .helpers import Run, flags
 
 NEEDED = {"model_name_or_path": "model", "dataset_name": ["rows.jsonl"], "output_dir": "run", "use_cpu": True}
 WRITTEN = {
@@ -92,6 +94,41 @@ def test_a_warm_up_may_be_given_as_a_ratio(tmp_path: Path) -> None:
 def test_other_tools_names_are_known(name: str, ours: str) -> None:
     with pytest.raises(UsageError, match=f"Unknown flag '{name}'. Did you mean '{ours}'"):
         parse_arguments([*flags(**NEEDED), f"--{name}=1"])
+
+
+IDLE = {
+    "eval_steps=2": {"eval_strategy": "steps"},
+    "eval_delay=3": {"eval_strategy": "epoch"},
+    "save_steps=2": {"save_strategy": "steps"},
+    "save_total_limit=1": {"save_strategy": "epoch"},
+    "save_only_model=True": {"save_strategy": "best", "metric_for_best_model": "loss"},
+    "logging_steps=4": {"logging_strategy": "steps"},
+    "warmup_steps=0.1": {"lr_scheduler_type": "linear"},
+    "metric_for_best_model=loss": {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
+    "hub_model_id=me/1.0": {"push_to_hub": True},
+    "hub_private_repo=True": {"push_to_hub": True},
+    "packing_strategy=bfd_split": {"packing": True},
+    "length_column_name=words": {"train_sampling_strategy": "group_by_length"},
+    "label_smoothing_factor=0.1": {"loss_type": "nll"},
+}
+OFF = {"save_strategy": "no", "logging_strategy": "epoch", "lr_scheduler_type": "constant", "loss_type": "dft"}
+
+
+@pytest.mark.parametrize("given", IDLE)
+def test_a_flag_that_does_nothing_is_named_until_it_does(given: str) -> None:
+    def said(**others: Any) -> list[str]:
+        return without_effect(parse_arguments([*flags(**NEEDED, **{**OFF, **others}), f"--{given}"])[2])
+
+    (sentence,) = said()
+    assert sentence.startswith(f"{given} does nothing: it needs ")
+    assert said(**IDLE[given]) == []
+
+
+def test_a_run_says_what_does_nothing(
+    finetune: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune(tmp_path / "run", dataset_name="nowhere.jsonl", eval_steps=2)
+    assert "eval_steps=2 does nothing: it needs --eval_strategy steps." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("word", "on"), [("true", True), ("True", True), ("false", False)])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import Trainer, get_scheduler
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_liger_kernel_available
 
 from to_finetune.errors import UsageError, at_least_one
@@ -95,6 +95,36 @@ def check_flags(args: FinetuneArguments) -> None:
         if is_wrong:
             raise UsageError(sentence)
     _check_optimizer_and_scheduler(args)
+
+
+def without_effect(args: FinetuneArguments) -> list[str]:
+    """Return a sentence for each flag that was given but does nothing beside the others, as in an overridden recipe."""
+    saves, evaluates = args.save_strategy != SaveStrategy.NO, args.eval_strategy != IntervalStrategy.NO
+    follows_loss = args.lr_scheduler_type.value in ("reduce_lr_on_plateau", "greedy")
+    warms_up = args.lr_scheduler_type.value != "constant" and not follows_loss
+    compares = args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST or follows_loss
+    by_length = args.train_sampling_strategy == "group_by_length"
+    rules = (
+        (args.eval_strategy == IntervalStrategy.STEPS, "--eval_strategy steps", ("eval_steps",)),
+        (evaluates, "--eval_strategy steps or epoch", ("eval_delay",)),
+        (args.save_strategy == SaveStrategy.STEPS, "--save_strategy steps", ("save_steps",)),
+        (saves, "a --save_strategy", ("save_total_limit", "save_only_model")),
+        (args.logging_strategy == IntervalStrategy.STEPS, "--logging_strategy steps", ("logging_steps",)),
+        (warms_up, "an --lr_scheduler_type that warms up, such as constant_with_warmup", ("warmup_steps",)),
+        (compares, "--load_best_model_at_end true", ("metric_for_best_model",)),
+        (args.push_to_hub, "--push_to_hub true", ("hub_model_id", "hub_private_repo")),
+        (args.packing, "--packing true", ("packing_strategy",)),
+        (by_length, "--train_sampling_strategy group_by_length", ("length_column_name",)),
+        (args.loss_type != "dft", "another --loss_type than dft", ("label_smoothing_factor",)),
+    )
+    sentences = []
+    for is_met, needed, names in rules:
+        for name in names:
+            value = getattr(args, name)
+            if not is_met and value not in (getattr(FinetuneArguments, name), None):
+                shown = f"{value:g}" if isinstance(value, float) else value
+                sentences.append(f"{name}={shown} does nothing: it needs {needed}.")
+    return sentences
 
 
 def check_rows(rows: Any, args: FinetuneArguments) -> None:
