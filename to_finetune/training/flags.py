@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_liger_kernel_available
@@ -29,6 +33,8 @@ def check_flags(args: FinetuneArguments) -> None:
     needs_workers = args.dataloader_persistent_workers or getattr(args, "dataloader_multiprocessing_context", None)
     steps = {name: getattr(args, name) for name in ("save_steps", "eval_steps", "logging_steps")}
     negative = [f"{name}={number:g}" for name, number in steps.items() if (number or 0) < 0]
+    recomputes = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {}
+    unknown = sorted(set(recomputes) - {*inspect.signature(checkpoint).parameters, "preserve_rng_state"})
     adam = ("adam_beta1", "adam_beta2", "adam_epsilon")
     given = [name for name in adam if getattr(args, name) != getattr(FinetuneArguments, name)]
     for is_wrong, sentence in (
@@ -82,6 +88,11 @@ def check_flags(args: FinetuneArguments) -> None:
         (
             (args.neftune_noise_alpha or 0) < 0,
             f"neftune_noise_alpha={args.neftune_noise_alpha} is not valid: at least 0.",
+        ),
+        (unknown, f"gradient_checkpointing_kwargs: torch.utils.checkpoint takes no {', '.join(unknown)}."),
+        (
+            args.deepspeed and "RANK" not in os.environ and not find_spec("mpi4py"),
+            f"deepspeed={args.deepspeed} needs a launcher, for one process too: torchrun --nproc_per_node 1 ...",
         ),
         (
             args.use_liger_kernel and not is_liger_kernel_available(),
