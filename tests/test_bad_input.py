@@ -70,6 +70,7 @@ BAD = {
         "save_steps=2",
         "eval_steps=1",
     ),
+    "another checkpoint on SIGTERM": ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint=True", "by itself"),
     "steps below nothing": ({"eval_steps": -1}, "eval_steps=-1", "at least 0"),
     "offloading from a CPU": ({"activation_offloading": True}, "activation_offloading=True", "GPU"),
     "two ways to load": ({"model_init_kwargs": '{"dtype": "bfloat16"}'}, "model_init_kwargs", "--dtype"),

@@ -29,8 +29,12 @@ def test_every_verb_explains_itself_without_torch(verb: str) -> None:
     assert f"usage: to-finetune {verb}" in shown.stdout
 
 
-def test_a_page_is_made_without_torch() -> None:
-    code = "import sys, to_finetune.report.page; assert 'torch' not in sys.modules, 'imports torch for a page'"
+@pytest.mark.parametrize(
+    ("module", "other"), [("page", "torch"), ("plot", "matplotlib.pyplot"), ("subset_map", "matplotlib.pyplot")]
+)
+def test_a_report_is_made_without(module: str, other: str) -> None:
+    """torch takes seconds, and pyplot would choose how a notebook shows its own figures."""
+    code = f"import sys, to_finetune.report.{module}; assert {other!r} not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import matplotlib.pyplot as plt
 import pytest
 import yaml
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from matplotlib.figure import Figure
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -120,12 +120,9 @@ def test_no_path_of_this_computer_goes_along(folder: Path, run: Run, llama: Path
 
 
 def test_the_title_of_the_picture_is_no_path(run: Run, hub: Hub) -> None:
-    with mock.patch("to_finetune.report.plot.plt.close"):  # so that the figure can be looked at
+    with mock.patch.object(Figure, "savefig", autospec=True, side_effect=Figure.savefig) as saved:
         assert main(["push", str(run.folder), "--repo_id", "me/tiny"]) == 0
-    figure = plt.gcf()
-    title = figure.axes[0].get_title(loc="left")
-    plt.close(figure)
-    assert title == "me/tiny"
+    assert saved.call_args.args[0].axes[0].get_title(loc="left") == "me/tiny"
 
 
 def test_the_runs_own_files_stay_as_they_are(folder: Path, run: Run, llama: Path) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import matplotlib.pyplot as plt
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 from rich.console import Console
 from safetensors.torch import save_file
 from torch.distributed.checkpoint import FileSystemReader
@@ -159,11 +159,10 @@ def test_leaves_a_picture_and_the_curves(run: Run) -> None:
 
 
 def test_the_picture_shows_the_logged_losses(finetune: Callable[..., Run], tmp_path: Path) -> None:
-    with mock.patch("to_finetune.report.plot.plt.close"):  # so that the figure can be looked at
+    with mock.patch.object(Figure, "savefig", autospec=True) as saved:
         run = finetune(tmp_path / "run", val_set_size=4)
-    figure = plt.gcf()
+    figure = saved.call_args.args[0]
     training, held_out = figure.axes[0].lines
-    plt.close(figure)
     assert training.get_xydata().tolist() == [[step, loss] for step, loss in enumerate(run.losses, start=1)]
     assert held_out.get_xydata().tolist() == [[4, run.record["results"]["eval_loss"]]]
     assert (training.get_label(), figure.axes[0].get_xlabel()) == ("diagonal_to", "step")

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -553,17 +554,17 @@ def test_the_map_as_a_picture(tmp_path: Path, sizes: dict[str, int], ending: str
     assert path.stat().st_size > 5_000
 
 
-def test_the_pictures_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pictures_cells(tmp_path: Path) -> None:
     """One rectangle a cell, looking like its state."""
     from matplotlib.colors import to_hex
+    from matplotlib.figure import Figure
 
     from to_finetune.report import subset_map
 
-    figures: list[Any] = []
-    monkeypatch.setattr(subset_map.plt, "close", figures.append)
     trained = {*found(GPT2, last_layers(GPT2, 2)), "transformer.h.9.mlp.c_fc.bias"}
-    plot_subset(GPT2, trained, tmp_path / "map.png")
-    axes = figures[0].axes[0]
+    with mock.patch.object(Figure, "savefig", autospec=True) as saved:
+        plot_subset(GPT2, trained, tmp_path / "map.png")
+    axes = saved.call_args.args[0].axes[0]
     looks = {(patch.get_x(), patch.get_width(), patch.get_y()): to_hex(patch.get_facecolor()) for patch in axes.patches}
     assert len(axes.patches) == len(looks) == 3 + 6 * 12
     names = {to_hex(look["facecolor"]): state for state, look in subset_map.LOOKS.items()}

@@ -91,7 +91,8 @@ def base_bytes(model: nn.Module) -> int:
     """Of the frozen weights, with the scales and the codes of bitsandbytes."""
     frozen = [p for p in model.parameters() if not p.requires_grad]
     nf4 = [p.quant_state for p in frozen if getattr(p, "quant_state", None)]
-    int8 = [module.state.SCB for module in model.modules() if hasattr(getattr(module, "state", None), "SCB")]
+    rows = [module for module in model.modules() if hasattr(getattr(module, "state", None), "SCB")]
+    int8 = [module.weight.SCB if module.state.SCB is None else module.state.SCB for module in rows]  # moved when used
     return sum(t.nbytes for t in (*frozen, *(t for q in nf4 for t in (q.absmax, q.code)), *int8))
 
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 from transformers.optimization import Adafactor
 
+from to_finetune.model import select_trainable
+from to_finetune.model.load import load_model
+from to_finetune.model.quantized import quantize_frozen
 from to_finetune.optim import DiagonalTO, FullTO, RankOneTO
 from to_finetune.planning import Blueprint, CannotSay, Settings, Workload, plan
 from to_finetune.planning.dry_run import dry_run
 from to_finetune.planning.memory import _quantized_bytes
 from to_finetune.planning.state import state_bytes
 
-from .measured import bytes_of, real_model, trained_parameters
+from .measured import base_bytes, bytes_of, real_model, trained_parameters
 
 SUBSET = (r"layers\.2\.",)
 
@@ -142,7 +147,7 @@ def test_weights_and_gradients(tiny: Blueprint, changed: dict[str, Any]) -> None
 
 def test_quantized_weights_of_the_base(small: Blueprint) -> None:
     bnb = pytest.importorskip("bitsandbytes")
-    weights = [w for w in dry_run(work_of(small), "ddp", False).weights if w.quantizable]
+    weights = [w for w in dry_run(work_of(small), "ddp", False).weights if w.quantized_rows]
     assert len(weights) == 5 * 7  # of the frozen layers; not the head
     for w in {w.shape: w for w in weights}.values():
         matrix = torch.randn(w.shape)
@@ -153,10 +158,24 @@ def test_quantized_weights_of_the_base(small: Blueprint) -> None:
         assert _quantized_bytes(w, "8bit") == codes.nbytes + scales.nbytes
 
 
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_a_quantized_base_of_conv1d(gpt2: Blueprint, tmp_path: Path, quantization: Literal["8bit", "4bit"]) -> None:
+    """GPT-2's linear layers, whose weights are (inputs, outputs)."""
+    pytest.importorskip("bitsandbytes")
+    model = AutoModelForCausalLM.from_config(gpt2.config)
+    model.save_pretrained(tmp_path)
+    select_trainable(model, [r"h\.2\."])
+    config = quantize_frozen(quantization, model, torch.float32)
+    loaded = load_model(str(tmp_path), quantization_config=config)
+    select_trainable(loaded, [r"h\.2\."])
+    made = plan(Settings(work_of(gpt2, unfrozen_parameters=(r"h\.2\.",), quantization=quantization)))
+    assert made.frozen == base_bytes(loaded)
+
+
 def test_a_quantized_base_leaves_the_rest_as_it_is(small: Blueprint) -> None:
     whole, quantized = (plan(Settings(work_of(small, quantization=q))) for q in (None, "4bit"))
     weights = dry_run(work_of(small), "ddp", False).weights
-    linear = [w for w in weights if w.quantizable]
+    linear = [w for w in weights if w.quantized_rows]
     assert whole.frozen - quantized.frozen == sum(4 * w.numel - _quantized_bytes(w, "4bit") for w in linear)
     assert (whole.trained, whole.gradients, whole.state) == (quantized.trained, quantized.gradients, quantized.state)
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from to_finetune.errors import UsageError
 
@@ -32,12 +33,8 @@ def quantize_frozen(
     """
     if find_spec("bitsandbytes") is None:
         raise UsageError(f"load_in_{quantization} needs bitsandbytes: pip install 'to-finetune[quantized]'.")
-    head = model.get_output_embeddings()
-    kept = [
-        name
-        for name, module in model.named_modules()
-        if module is head or any(p.requires_grad for p in module.parameters(recurse=False))
-    ]
+    frozen = frozen_linears(model)
+    kept = [name for name, module in model.named_modules() if _is_linear(module) and name not in frozen]
     return BitsAndBytesConfig(
         load_in_8bit=quantization == "8bit",
         load_in_4bit=quantization == "4bit",
@@ -46,6 +43,21 @@ def quantize_frozen(
         # Matched as regular expressions at a name's start and as plain suffixes: anchored, each finds one module.
         llm_int8_skip_modules=[f"^{re.escape(name)}$" for name in kept],
     )
+
+
+def frozen_linears(model: Any) -> dict[str, nn.Linear | Conv1D]:
+    """Return what is quantised, by name: linear layers that are not the head and of which nothing trains."""
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if _is_linear(module) and module is not head and not any(p.requires_grad for p in module.parameters())
+    }
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether Hugging Face quantises such a module; GPT-2's Conv1D is a linear layer with (inputs, outputs) weights."""
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
 
 
 def check_reading(model: nn.Module) -> None:

@@ -24,9 +24,11 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 from transformers import AttentionInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.pytorch_utils import Conv1D
 
 from to_finetune.errors import UsageError
 from to_finetune.model.adapters import lora_config, with_adapters
+from to_finetune.model.quantized import frozen_linears
 from to_finetune.model.skeleton import without_zero3
 from to_finetune.model.subset import keep_trained_in_float32, select_trainable
 from to_finetune.planning.settings import CannotSay, Lora, Workload
@@ -41,14 +43,14 @@ class Weight:
 
     Attributes:
         itemsize: bytes per element.
-        quantizable: whether bitsandbytes would quantise it: the matrix of a frozen linear layer other than the head.
+        quantized_rows: the rows in which bitsandbytes would hold it, of a frozen linear layer; 0 if it would not.
     """
 
     name: str
     shape: tuple[int, ...]
     itemsize: int
     trained: bool
-    quantizable: bool
+    quantized_rows: int
 
     @property
     def numel(self) -> int:
@@ -187,8 +189,9 @@ def _model(work: Workload, sharded: bool) -> Any:
     if work.mixed_precision and not sharded:
         keep_trained_in_float32(model)
     if work.quantization:
-        for module in _quantizable(model):
-            module.forward = partial(_quantized_linear, module, work.quantization == "8bit")
+        for module in frozen_linears(model).values():
+            quantized = partial(_quantized_linear, module, work.quantization == "8bit")
+            module.forward = quantized  # type: ignore[method-assign]
     model.train()
     if work.checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)({"use_reentrant": False})
@@ -209,15 +212,14 @@ def _with_adapters(model: nn.Module, lora: Lora, dtype: torch.dtype) -> Any:
 
 
 def _weights(model: nn.Module) -> Iterator[Weight]:
-    quantizable = {id(module.weight) for module in _quantizable(model)}
+    rows = {id(module.weight): len(_matrix(module)) for module in frozen_linears(model).values()}
     for name, p in model.named_parameters():
-        yield Weight(name, tuple(p.shape), p.element_size(), p.requires_grad, id(p) in quantizable)
+        yield Weight(name, tuple(p.shape), p.element_size(), p.requires_grad, rows.get(id(p), 0))
 
 
-def _quantizable(model: Any) -> list[Any]:
-    head = model.get_output_embeddings()
-    linear = [module for module in model.modules() if type(module) is nn.Linear and module is not head]
-    return [module for module in linear if not any(p.requires_grad for p in module.parameters(recurse=False))]
+def _matrix(module: nn.Linear | Conv1D) -> Tensor:
+    """Return its weight, (outputs, inputs)."""
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
 def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -286,8 +288,8 @@ class _QuantizedProduct(torch.autograd.Function):
         return grad @ torch.empty_like(ctx.weight, dtype=grad.dtype), None, None, None
 
 
-def _quantized_linear(module: nn.Linear, is_int8: bool, x: Tensor) -> Tensor:
-    return _QuantizedProduct.apply(x, module.weight, module.bias, is_int8)
+def _quantized_linear(module: nn.Linear | Conv1D, is_int8: bool, x: Tensor) -> Tensor:
+    return _QuantizedProduct.apply(x, _matrix(module), module.bias, is_int8)
 
 
 def _addmm_flop(acc: Any, a: Sequence[int], b: Sequence[int], *args: Any, **kwargs: Any) -> int:

@@ -157,7 +157,7 @@ def _saved_itemsize(settings: Settings) -> int:
 
 
 def _frozen_bytes(settings: Settings, w: Weight) -> int:
-    if settings.work.quantization and w.quantizable:
+    if settings.work.quantization and w.quantized_rows:
         return _quantized_bytes(w, settings.work.quantization)
     return _held_bytes(settings, w, _loaded_itemsize(settings))
 
@@ -178,7 +178,7 @@ def _held_bytes(settings: Settings, w: Weight, itemsize: int) -> int:
 def _quantized_bytes(w: Weight, quantization: str) -> int:
     """Return the bytes of bitsandbytes' int8 (a float32 scale per row) or nf4 (one per 64 elements, and 16 codes)."""
     if quantization == "8bit":
-        return w.numel + 4 * w.shape[0]
+        return w.numel + 4 * w.quantized_rows
     return -(-w.numel // 2) + 4 * -(-w.numel // 64) + 64
 
 

@@ -6,10 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 COLOURS = (
@@ -32,11 +30,11 @@ def plot_losses(
         path: the file to write, in the format of its suffix: .png, .svg or .pdf.
         title: shown above the picture.
     """
-    figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+    figure, axes = new_axes(4.2)
     for i, (label, history) in enumerate(histories.items()):
         colour = COLOURS[i % len(COLOURS)]
         steps, losses = series(history, "loss")
-        alone = {"marker": "o"} if len(steps) == 1 else {}  # a single point makes no line
+        alone: dict[str, Any] = {"marker": "o"} if len(steps) == 1 else {}  # a single point makes no line
         axes.plot(steps, losses, color=colour, linewidth=1.6, label=label, **alone)
         steps, losses = series(history, "eval_loss")
         if steps:
@@ -45,11 +43,17 @@ def plot_losses(
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title(title, loc="left", fontsize=11)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
+
+
+def new_axes(height: float) -> tuple[Figure, Axes]:
+    """Return an empty figure of this height in inches; a notebook's own figures and backend are left alone."""
+    figure = Figure(figsize=(7.5, height), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:

@@ -8,10 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from rich.table import Table
 from rich.text import Text
@@ -70,7 +67,8 @@ def plot_subset(
     layers, rows = layers_and_rows(sizes, trained)
     columns = max(len(layers), 1)
     width = min(max(0.15 * columns, 4.8), 12.0)
-    figure, axes = plt.subplots(figsize=(width + 3.2, 0.3 * len(rows) + 1.5), layout="constrained")
+    figure = Figure(figsize=(width + 3.2, 0.3 * len(rows) + 1.5), layout="constrained")
+    axes = figure.subplots()
     positions = _positions(rows)
     for row, y in zip(rows, positions, strict=True):
         for layer, cell in row.cells.items():
@@ -87,7 +85,7 @@ def plot_subset(
     axes.set(xlim=(0, columns), ylim=(positions[-1] + 0.5, -0.5), xlabel="layer")
     axes.set_yticks(positions, [_short(row.label, 40) for row in rows], fontsize=8)
     ticks = labelled(len(layers))
-    axes.set_xticks([i + 0.5 for i in ticks], [layers[i] for i in ticks], fontsize=8)
+    axes.set_xticks([i + 0.5 for i in ticks], [str(layers[i]) for i in ticks], fontsize=8)
     right = axes.twinx()
     right.set(ylim=axes.get_ylim())
     right.set_yticks(positions, [_share(cell) for cell in sums], fontsize=8)
@@ -102,7 +100,6 @@ def plot_subset(
     figure.legend(handles=shown, loc="outside lower right", ncols=3, frameon=False, fontsize=8)
     axes.set_title(f"{title}\n{headline(rows)}" if title else headline(rows), loc="left", fontsize=11)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def subset_table(sizes: Mapping[str, int], trained: Collection[str]) -> Table:

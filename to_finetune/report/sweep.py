@@ -7,17 +7,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator, NullFormatter
 from rich.table import Table
 from rich.text import Text
 
-from to_finetune.report.plot import COLOURS
+from to_finetune.report.plot import COLOURS, new_axes
 from to_finetune.training.search import range_ends
 from to_finetune.training.sweep import Sweep, Trial
 
@@ -124,7 +120,7 @@ def plot_sweep(sweep: Sweep, path: str | os.PathLike[str]) -> None:
         path: the file to write, in the format of its suffix: .png, .svg or .pdf.
     """
     key = "learning_rate" if "learning_rate" in sweep.search else next(iter(sweep.search))
-    figure, axes = plt.subplots(figsize=(7.5, 4.4), layout="constrained")
+    figure, axes = new_axes(4.4)
     _set_scale(axes, sweep, key)
     best = sweep.best
     top = _top([trial.loss for trial in sweep.trials if trial.loss is not None])
@@ -136,17 +132,14 @@ def plot_sweep(sweep: Sweep, path: str | os.PathLike[str]) -> None:
         around = "1/3 to 3 times the best rate"
         axes.axvspan(rate / 3, rate * 3, color=COLOURS[4], alpha=0.12, linewidth=0, label=around)
     _draw_trials(axes, sweep, key, top)
-    if best is not None:
+    if best is not None and best.loss is not None:
         label = f"best: {words_of(best.values).replace('  ', ', ')}"
         axes.scatter([_x(best, key)], [best.loss], marker="*", s=190, color=COLOURS[4], zorder=4, label=label)
     axes.set(xlabel=key.replace("_", " "), ylabel=f"{LOSSES[sweep.objective]} (nats a token)")
     count = f"{len(sweep.trials)} of {sweep.planned} trials"
     axes.set_title(count if best is None else f"{count}, the best {best.loss:.4f}", loc="left", fontsize=11)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def _draw_trials(axes: Axes, sweep: Sweep, key: str, top: float) -> None:

@@ -53,6 +53,10 @@ def check_flags(args: FinetuneArguments) -> None:
             f"load_best_model_at_end=True needs a checkpoint of each evaluation: save_steps={args.save_steps:g} is not "
             f"eval_steps={args.eval_steps or args.logging_steps:g}.",
         ),
+        (
+            args.enable_jit_checkpoint,
+            "enable_jit_checkpoint=True is not taken: every run saves a checkpoint on SIGTERM and SIGINT by itself.",
+        ),
         (negative, f"{', '.join(negative)}: not valid, at least 0."),
         (
             args.activation_offloading and args.device.type == "cpu",
