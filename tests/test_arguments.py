@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from to_finetune.errors import UsageError
-from to_finetune.training.arguments import parse_arguments, resolved_config
 from to_finetune.training.flags import without_effect
+from to_finetune.training.parser import parse_arguments
+from to_finetune.training.recipe import resolved_config
 
 from .helpers import Run, flags
 

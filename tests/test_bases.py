@@ -30,7 +30,7 @@ from to_finetune.model.adapters import lora_config, with_adapters
 from to_finetune.model.load import load_model, load_tokenizer, without_weights
 from to_finetune.model.trained import read_trained, trained_tensors
 from to_finetune.optim import DiagonalTO, RankOneTO, TrainableOptimizer
-from to_finetune.training.arguments import parse_arguments
+from to_finetune.training.parser import parse_arguments
 from to_finetune.training.prepare import prepare_model, prepare_trainer
 from to_finetune.training.proofs import fingerprints
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from to_finetune.cli import main
 from to_finetune.data import preview
 from to_finetune.data.preview import IGNORED
-from to_finetune.training.arguments import parse_arguments
+from to_finetune.training.parser import parse_arguments
 from to_finetune.training.prepare import prepare_preview
 
 from .helpers import ALPACA_ROWS, Run, flags, write_jsonl

@@ -18,8 +18,9 @@ from datasets import Dataset
 
 from to_finetune.data.preview import IGNORED
 from to_finetune.errors import UsageError
-from to_finetune.training.arguments import parse_arguments, resolved_config
-from to_finetune.training.launch import check_layout, check_processes, processes_asked_for
+from to_finetune.training.layout import check_layout, check_processes, processes_asked_for
+from to_finetune.training.parser import parse_arguments
+from to_finetune.training.recipe import resolved_config
 from to_finetune.training.sft import filled_up
 
 from .helpers import Run, flags

@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM
 
 from to_finetune.cli import main
 from to_finetune.model import load_finetuned
-from to_finetune.model.card import is_hub_name, model_card, without_paths
 from to_finetune.model.run import FinetunedRun, find_run
+from to_finetune.report.card import is_hub_name, model_card, without_paths
 from to_finetune.report.push import push
-from to_finetune.training.arguments import without_secrets
+from to_finetune.training.recipe import without_secrets
 
 from .helpers import LAYER_WEIGHTS, Run, assert_same_bits, write_jsonl
 

@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from to_finetune.model import select_trainable
 from to_finetune.planning import Blueprint, Plan, plan
-from to_finetune.training.arguments import ArgumentsElsewhere, parse_arguments
+from to_finetune.training.arguments import ArgumentsElsewhere
+from to_finetune.training.parser import parse_arguments
 from to_finetune.training.plan import settings_of
 
 from .helpers import LLAMA_7B, WORDS, Run, write_jsonl

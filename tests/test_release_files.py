@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 import to_finetune
-from to_finetune.training.arguments import parse_arguments
+from to_finetune.training.parser import parse_arguments
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

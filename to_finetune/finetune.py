@@ -28,13 +28,7 @@ from to_finetune.report.plot import plot_losses
 from to_finetune.report.push import check_push, push
 from to_finetune.runs import CONFIG, RECORD, last_checkpoint, step_of
 from to_finetune.signals import signal_of, sigterm_interrupts
-from to_finetune.training.arguments import (
-    DataArguments,
-    FinetuneArguments,
-    ModelArguments,
-    parse_arguments,
-    resolved_config,
-)
+from to_finetune.training.arguments import DataArguments, FinetuneArguments, ModelArguments
 from to_finetune.training.callbacks import (
     LogBeforeSave,
     SaveOnSignal,
@@ -44,10 +38,12 @@ from to_finetune.training.callbacks import (
     WholeRuntime,
 )
 from to_finetune.training.flags import check_flags, check_rows, without_effect
-from to_finetune.training.launch import check_processes
+from to_finetune.training.layout import check_processes
 from to_finetune.training.memory import RunMemory
+from to_finetune.training.parser import parse_arguments
 from to_finetune.training.prepare import data_report, prepare_data, prepare_model, prepare_trainer, settle_learning_rate
 from to_finetune.training.proofs import check_saved
+from to_finetune.training.recipe import resolved_config
 from to_finetune.training.record import RunRecord, resume_point, summarise
 from to_finetune.training.sft import TOSFTTrainer
 from to_finetune.training.traces import SampleAnswers, SlopeTrace, write_parameters

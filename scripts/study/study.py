@@ -35,8 +35,8 @@ from to_finetune.data import load_data
 from to_finetune.errors import RunError
 from to_finetune.files import write_whole
 from to_finetune.machine import machine
-from to_finetune.training.arguments import parse_arguments
 from to_finetune.training.callbacks import StopOnNonFinite
+from to_finetune.training.parser import parse_arguments
 from to_finetune.training.prepare import prepare_data, prepare_model, prepare_trainer
 from to_finetune.training.proofs import unwrapped
 from to_finetune.training.sft import TOSFTTrainer

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from to_finetune.training.arguments import parse_arguments
+from to_finetune.training.parser import parse_arguments
 from to_finetune.training.prepare import prepare_preview
 
 from ..helpers import flags

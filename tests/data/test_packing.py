@@ -16,7 +16,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from to_finetune.data.packing import check_packing
 from to_finetune.data.preview import IGNORED
 from to_finetune.errors import UsageError
-from to_finetune.training.arguments import parse_arguments
+from to_finetune.training.parser import parse_arguments
 from to_finetune.training.prepare import prepare_data, prepare_model, prepare_trainer
 
 from ..helpers import ALPACA_ROWS, flags, write_jsonl

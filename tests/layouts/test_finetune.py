@@ -17,7 +17,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from to_finetune.training.arguments import ArgumentsElsewhere, parse_arguments
+from to_finetune.training.arguments import ArgumentsElsewhere
+from to_finetune.training.parser import parse_arguments
 
 from ..helpers import LAYER_WEIGHTS, Run, flags
 from .on_cpu import ROOT, command, launch, settings

@@ -16,7 +16,7 @@ from to_finetune.errors import RunError, UsageError
 from to_finetune.paper import llm
 from to_finetune.paper.llm import FULL, METHODS, QUICK, Finetune, finetune_process, flags, train
 from to_finetune.paper.tuning import DIGITS, rounded
-from to_finetune.training.arguments import parse_arguments
+from to_finetune.training.parser import parse_arguments
 
 EXACT = ("momentum", "diagonal_to", "rank_one_to")
 OURS = ("momentum_ours", "diagonal_to_ours", "rank_one_to_ours")

@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from to_finetune.data import check_labels, preview
     from to_finetune.errors import UsageError
-    from to_finetune.training.arguments import parse_arguments
+    from to_finetune.training.parser import parse_arguments
     from to_finetune.training.prepare import data_report, prepare_preview
 
     if arguments.rows < 0:

@@ -96,7 +96,7 @@ def _summarise(made: Sweep, console: Console) -> int:
 
     from to_finetune.report.page import write_report
     from to_finetune.report.sweep import findings, sweep_table
-    from to_finetune.training.arguments import without_secrets
+    from to_finetune.training.recipe import without_secrets
 
     best = [made.folder / trial.folder for trial in made.ranking if trial.loss is not None][:PAGE]
     write_report(best, made.folder / "sweep.html")

@@ -28,9 +28,11 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    from to_finetune.training.arguments import ArgumentsElsewhere, parse_arguments, without_secrets
+    from to_finetune.training.arguments import ArgumentsElsewhere
+    from to_finetune.training.flags import check_base
     from to_finetune.training.launch import command_for, launch
-    from to_finetune.training.prepare import check_base
+    from to_finetune.training.parser import parse_arguments
+    from to_finetune.training.recipe import without_secrets
 
     # Checked here, and not in each process: one error, and no GPU is touched.
     model_args, _, args = parse_arguments(arguments.flags, ArgumentsElsewhere, vars(arguments))

@@ -19,8 +19,8 @@ from safetensors.torch import safe_open, save_file
 
 from to_finetune.errors import RunError, UsageError
 from to_finetune.files import write_json
-from to_finetune.model.card import model_card, public_recipe, without_paths
 from to_finetune.model.run import FinetunedRun, find_run
+from to_finetune.report.card import model_card, public_recipe, without_paths
 from to_finetune.report.plot import plot_losses
 from to_finetune.runs import CONFIG, RECORD
 from to_finetune.training.record import summarise

@@ -1,26 +1,20 @@
-"""The flags of a run, from a YAML file and the command line: Hugging Face's own, with the Trainable Optimizers."""
+"""The flags of a run: the model's, the data's, and Hugging Face's own with the Trainable Optimizers."""
 
 from __future__ import annotations
 
 import math
-import sys
-from argparse import SUPPRESS, ArgumentError
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
-import yaml
 from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
-from trl import SFTConfig, TrlParser
+from trl import SFTConfig
 
 from to_finetune.errors import UsageError, at_least_one, did_you_mean
 from to_finetune.model.quantized import Quantization
-from to_finetune.model.select import chosen_patterns, listed
+from to_finetune.model.select import chosen_patterns
 from to_finetune.training.optimizers import (
     OPTIMIZERS,
     check_options,
@@ -37,7 +31,6 @@ WITHOUT_OPTIONS = (  # Hugging Face ignores their optim_args
     "paged_adamw_32bit",
     "adafactor",
 )
-SECRETS = ("hub_token",)  # flags whose values are written nowhere
 
 
 @dataclass
@@ -285,12 +278,6 @@ class FinetuneArguments(TrainableOptimizerArguments, SFTConfig):
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else None
 
 
-class _Defaults(FinetuneArguments):
-    """The defaults alone: setting up devices again, for another device, would reset the run's distributed state."""
-
-    _setup_devices = torch.device("cpu")
-
-
 class ArgumentsElsewhere(FinetuneArguments):
     """The flags of a run on another machine or in other processes: sets up no device and queries no GPU.
 
@@ -309,180 +296,3 @@ class ArgumentsElsewhere(FinetuneArguments):
         self.__dict__.update(dict.fromkeys(looks), torch_compile=False, use_cpu=True)
         super().__post_init__()
         self.__dict__.update(asked)
-
-
-ELSEWHERE = {  # what other tools call our flags
-    "batch_size": "per_device_train_batch_size",
-    "dataset": "dataset_name",
-    "epochs": "num_train_epochs",
-    "lr": "learning_rate",
-    "model": "model_name_or_path",
-    "torch_dtype": "dtype",
-}
-
-
-class _Parser(TrlParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(message)
-
-
-def parse_arguments(
-    argv: Sequence[str] | None = None,
-    training: type[FinetuneArguments] = FinetuneArguments,
-    beside: Collection[str] = (),
-) -> tuple[ModelArguments, DataArguments, FinetuneArguments]:
-    """Parse ``--config recipe.yaml`` and the flags that override it.
-
-    Args:
-        argv: None for this process's command line.
-        training: `ArgumentsElsewhere` for a run outside of this process.
-        beside: other flags of the command, suggested for an unknown one as well.
-
-    Raises:
-        UsageError: naming every unknown key with the nearest known one, or the bad value.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    classes = (ModelArguments, DataArguments, training)
-    parser = _Parser(classes, allow_abbrev=False)
-    parser.prog = "finetune.py"
-    flags_of_fields = {action.dest for action in parser._actions}
-    for action in parser._actions:
-        if getattr(action.type, "__name__", None) == "string_to_bool":  # done already for those that are never None
-            action.nargs, action.const = "?", True
-    types = {k: t for cls in classes for k, t in get_type_hints(cls).items() if k in flags_of_fields}
-
-    config, argv = _take_config(argv)
-    if "warmup_ratio" not in types:  # newer transformers: warmup_steps below 1
-        parser.add_argument("--warmup_ratio", dest="warmup_steps", type=float, default=SUPPRESS, help=SUPPRESS)
-        if "warmup_ratio" in config:
-            config["warmup_steps"] = config.pop("warmup_ratio")
-    _check_names(config, argv, types, parser, beside)
-    config = {key.replace("-", "_"): value for key, value in config.items()}
-    _check_given(config, types)
-    structured = {key: value for key, value in config.items() if _has_structure(value, types[key])}
-    # All others go in front of the flags, as if typed there, so that their types and choices are checked as well.
-    argv = [f"--{key}={value}" for key, value in config.items() if key not in structured] + argv
-    try:
-        for action in parser._actions:
-            if isinstance(value := structured.get(action.dest), list):  # its items are checked here
-                structured[action.dest] = [parser._get_value(action, str(item)) for item in value]
-        parser.set_defaults_with_config(**structured)
-        model, data, args, *rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    except UsageError:
-        raise
-    except (ArgumentError, ValueError, TypeError, ImportError, OSError) as error:
-        raise UsageError(str(error)) from error
-    if rest[0]:
-        raise UsageError(f"Cannot make sense of {' '.join(rest[0])!r}: a flag begins with '--'.")
-    return model, data, args
-
-
-def _check_names(
-    config: Iterable[str], argv: Sequence[str], types: Mapping[str, Any], parser: _Parser, beside: Collection[str]
-) -> None:
-    """Raise if keys or flags are unknown, naming all of them in one error."""
-    options = {option.lstrip("-").replace("-", "_") for option in parser._option_string_actions} | {"config"}
-    flags = [item[2:].split("=")[0] for item in argv if item.startswith("--")]
-    problems = [
-        f"Unknown {where} {key!r}.{did_you_mean(ELSEWHERE.get(key, key), [*types, *beside])}"
-        for where, keys, known in (("key in the configuration file", config, types), ("flag", flags, options))
-        for key in keys
-        if key.replace("-", "_") not in known
-    ]
-    if problems:
-        raise UsageError(" ".join(problems))
-
-
-def _check_given(config: Mapping[str, Any], types: Mapping[str, Any]) -> None:
-    """Raise if a key of the file has no value."""
-    for key, value in config.items():
-        if value is None and not _has_structure(None, types[key]):
-            raise UsageError(f"--config: {key} has no value; leave it out for its default.")
-        if value == [] and key != "report_to":  # for which it means none
-            raise UsageError(f"--config: {key} is an empty list; leave it out for its default.")
-
-
-def _has_structure(value: Any, declared: Any) -> bool:
-    """Whether `value` is a list, a mapping or null, and the declared type allows it."""
-    kinds = get_args(declared) if get_origin(declared) in (Union, UnionType) else (declared,)
-    return type(value) in (list, dict, NoneType) and type(value) in {get_origin(kind) or kind for kind in kinds}
-
-
-def _take_config(argv: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return the mapping in the file that ``--config`` names, and the other flags."""
-    for i, item in enumerate(argv):
-        flag, equals, value = item.partition("=")
-        if flag != "--config":
-            continue
-        if not equals and i + 1 == len(argv):
-            raise UsageError("--config needs a file name.")
-        path = Path(value if equals else argv[i + 1])
-        rest = argv[:i] + argv[i + (1 if equals else 2) :]
-        if any(word.partition("=")[0] == "--config" for word in rest):
-            raise UsageError("--config is given twice, and only one file can be the run's.")
-        try:
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UsageError(f"--config {path}: {error.strerror}.") from None
-        except yaml.YAMLError as error:
-            raise UsageError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(config, dict):
-            raise UsageError(f"--config {path} must hold a mapping of keys to values.")
-        return {str(key): value for key, value in config.items()}, rest
-    return {}, argv
-
-
-def resolved_config(model: ModelArguments, data: DataArguments, training: FinetuneArguments) -> dict[str, Any]:
-    """Return the settings that differ from the defaults or were derived: a recipe that repeats the run."""
-    pairs: list[tuple[Any, Any]] = [
-        (model, ModelArguments(model_name_or_path="")),
-        (data, DataArguments(dataset_name=[""])),
-        (training, _Defaults(output_dir="")),
-    ]
-    always = ("optim", "learning_rate", "max_grad_norm", "bf16", "seed", "max_length")
-    config = {
-        f.name: getattr(given, f.name)
-        for given, default in pairs
-        for f in fields(given)
-        if f.name in always or getattr(given, f.name) != getattr(default, f.name)
-    }
-    for key in (*SECRETS, "resume_from_checkpoint"):  # not part of the recipe
-        config.pop(key, None)
-    if model.unfrozen_parameters is not None:
-        config["unfrozen_parameters"] = listed(model.unfrozen_parameters)  # the file may change later
-    if training.optim in OPTIMIZERS:
-        config["optim_args"] = {
-            key: str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-            for key, value in training.to_options.items()
-        }
-    return {key: _plain(value) for key, value in config.items()}
-
-
-def without_secrets(words: Sequence[str]) -> list[str]:
-    """Return a command line to show or to save, with stars in place of a token."""
-
-    def is_secret(flag: str) -> bool:
-        return flag.removeprefix("--").replace("-", "_") in SECRETS
-
-    shown = list[str]()
-    for before, word in zip(["", *words], words, strict=False):
-        flag, equals, _ = word.partition("=")
-        if is_secret(before):
-            word = "***"
-        elif equals and is_secret(flag):
-            word = f"{flag}=***"
-        shown.append(word)
-    return shown
-
-
-def _plain(value: Any) -> Any:
-    """Convert enums, other string-like values and Hugging Face's own settings to what YAML can hold."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if hasattr(value, "to_dict"):
-        return _plain(value.to_dict())
-    return str(getattr(value, "value", value))

@@ -19,7 +19,8 @@ from to_finetune.data.preview import IGNORED, check_labels
 from to_finetune.errors import RunError, UsageError, did_you_mean
 from to_finetune.model.opened import OpenModel
 from to_finetune.model.run import FinetunedRun, find_run
-from to_finetune.training.arguments import DataArguments, parse_arguments
+from to_finetune.training.arguments import DataArguments
+from to_finetune.training.parser import parse_arguments
 from to_finetune.training.prepare import prepare_data, prepare_model, prepare_trainer
 
 # Settings that say how a run is trained and saved, not how its loss is evaluated.

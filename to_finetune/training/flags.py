@@ -1,9 +1,10 @@
-"""Flags of Hugging Face's that a run could not obey, or would fail over after it has begun."""
+"""Flags that exclude each other, that a run could not obey, or that it would fail over after it has begun."""
 
 from __future__ import annotations
 
 import inspect
 import os
+from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,11 +15,41 @@ from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_liger_kernel_available
 
+from to_finetune.data.formats import MESSAGES, TEXT
 from to_finetune.errors import UsageError, at_least_one
-from to_finetune.training.arguments import FinetuneArguments
+from to_finetune.training.arguments import DataArguments, FinetuneArguments, ModelArguments
+from to_finetune.training.layout import asks_for_fsdp
 from to_finetune.training.optimizers import OPTIMIZERS, parse_optim_args
 
 PLAIN = ("adamw", "ademamix", "adagrad", "lion", "rmsprop", "sgd")  # optimizers that need no model to be made
+
+
+def check_base(model_args: ModelArguments, args: FinetuneArguments) -> None:
+    """Raise if flags of the base and of adapters exclude each other, or would do nothing."""
+    flags = [f.name for f in fields(model_args) if f.name.startswith("unfrozen_")]
+    unfrozen = [flag for flag in flags if getattr(model_args, flag) is not None]
+    if model_args.use_peft and unfrozen:
+        raise UsageError(f"use_peft trains adapters and freezes all weights, so leave {unfrozen[0]} out.")
+    if not model_args.use_peft:
+        for f in fields(model_args):
+            if f.name.startswith("lora_") and getattr(model_args, f.name) != f.default:
+                raise UsageError(f"{f.name}={getattr(model_args, f.name)} needs --use_peft true.")
+    bits = [name for name in ("load_in_8bit", "load_in_4bit") if getattr(model_args, name)]
+    if not bits:
+        return
+    if len(bits) == 2:
+        raise UsageError("load_in_8bit and load_in_4bit exclude each other: choose one.")
+    if not model_args.use_peft and not unfrozen:
+        raise UsageError(
+            f"{bits[0]} holds what is frozen, and everything would train: say what trains with --unfrozen_last_layers, "
+            "--unfrozen_modules or --unfrozen_parameters, or train adapters with --use_peft true."
+        )
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    if zero3 or asks_for_fsdp(args):
+        raise UsageError(
+            f"{bits[0]} under {'ZeRO-3' if zero3 else 'FSDP'}: quantised weights cannot be shared out; use ddp.yaml or "
+            "zero2.yaml of configs/accelerate."
+        )
 
 
 def check_flags(args: FinetuneArguments) -> None:
@@ -140,6 +171,29 @@ def without_effect(args: FinetuneArguments) -> list[str]:
                 shown = f"{value:g}" if isinstance(value, float) else value
                 sentences.append(f"{name}={shown} does nothing: it needs {needed}.")
     return sentences
+
+
+def check_data_flags(data_args: DataArguments, args: FinetuneArguments) -> None:
+    """Raise if flags of the data exclude each other, or would do nothing, or harm."""
+    if data_args.dataset_streaming and args.max_steps <= 0:
+        raise UsageError("dataset_streaming=True needs --max_steps: how long a stream is, is not known.")
+    if args.dataset_kwargs:
+        raise UsageError(f"dataset_kwargs={args.dataset_kwargs!r}: the rows are texts, which have to be prepared.")
+    if args.packing and args.truncation_mode == "keep_end":
+        raise UsageError("truncation_mode='keep_end' does nothing with --packing true, which keeps the start.")
+    if args.eval_packing and not (args.packing or args.padding_free):
+        raise UsageError("eval_packing=True needs --packing true: else packed held-out rows would see each other.")
+
+
+def check_losses(form: str, args: FinetuneArguments) -> None:
+    """Raise if a flag would make the run learn other tokens than it says."""
+    if args.completion_only_loss and form in (MESSAGES, TEXT):
+        instead = "--assistant_only_loss" if form == MESSAGES else "nothing of the kind"
+        raise UsageError(f"completion_only_loss=True needs prompts and completions; for {form} there is {instead}.")
+    if args.packing and args.packing_strategy == "wrapped" and form != TEXT:
+        raise UsageError(
+            f"packing_strategy='wrapped' cuts {form} anywhere and lets them see each other: use bfd, or bfd_split."
+        )
 
 
 def check_rows(rows: Any, args: FinetuneArguments) -> None:

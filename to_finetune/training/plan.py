@@ -22,9 +22,10 @@ from to_finetune.planning import (
     load_blueprint,
     plan,
 )
-from to_finetune.training.arguments import ArgumentsElsewhere, FinetuneArguments, ModelArguments, parse_arguments
-from to_finetune.training.launch import asks_for_fsdp
-from to_finetune.training.prepare import check_base
+from to_finetune.training.arguments import ArgumentsElsewhere, FinetuneArguments, ModelArguments
+from to_finetune.training.flags import check_base
+from to_finetune.training.layout import asks_for_fsdp
+from to_finetune.training.parser import parse_arguments
 from to_finetune.training.sft import TOSFTTrainer
 
 # Flags that change the memory of a step in ways that a dry run does not know.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 import datasets
@@ -16,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from to_finetune.data import load_data
-from to_finetune.data.formats import MESSAGES, TEXT, TURNS
+from to_finetune.data.formats import MESSAGES, TURNS
 from to_finetune.data.packing import check_packing
 from to_finetune.data.statistics import notes, statistics, table
 from to_finetune.data.template import check_marked, set_chat_template
@@ -26,7 +25,7 @@ from to_finetune.model.load import load_model, load_tokenizer, without_weights
 from to_finetune.model.quantized import quantize_frozen
 from to_finetune.model.subset import Subset, keep_trained_in_float32, select_trainable
 from to_finetune.training.arguments import DataArguments, FinetuneArguments, ModelArguments
-from to_finetune.training.launch import asks_for_fsdp
+from to_finetune.training.flags import check_base, check_data_flags, check_losses
 from to_finetune.training.optimizers import recommended_learning_rate
 from to_finetune.training.sft import TOSFTTrainer
 
@@ -92,41 +91,13 @@ def _without_weights(
     return skeleton, adapter_subset(with_adapters(skeleton, lora)), patterns, lora
 
 
-def check_base(model_args: ModelArguments, args: FinetuneArguments) -> None:
-    """Raise if flags of the base and of adapters exclude each other, or would do nothing."""
-    flags = [f.name for f in fields(model_args) if f.name.startswith("unfrozen_")]
-    unfrozen = [flag for flag in flags if getattr(model_args, flag) is not None]
-    if model_args.use_peft and unfrozen:
-        raise UsageError(f"use_peft trains adapters and freezes all weights, so leave {unfrozen[0]} out.")
-    if not model_args.use_peft:
-        for f in fields(model_args):
-            if f.name.startswith("lora_") and getattr(model_args, f.name) != f.default:
-                raise UsageError(f"{f.name}={getattr(model_args, f.name)} needs --use_peft true.")
-    bits = [name for name in ("load_in_8bit", "load_in_4bit") if getattr(model_args, name)]
-    if not bits:
-        return
-    if len(bits) == 2:
-        raise UsageError("load_in_8bit and load_in_4bit exclude each other: choose one.")
-    if not model_args.use_peft and not unfrozen:
-        raise UsageError(
-            f"{bits[0]} holds what is frozen, and everything would train: say what trains with --unfrozen_last_layers, "
-            "--unfrozen_modules or --unfrozen_parameters, or train adapters with --use_peft true."
-        )
-    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    if zero3 or asks_for_fsdp(args):
-        raise UsageError(
-            f"{bits[0]} under {'ZeRO-3' if zero3 else 'FSDP'}: quantised weights cannot be shared out; use ddp.yaml or "
-            "zero2.yaml of configs/accelerate."
-        )
-
-
 def prepare_data(model_args: ModelArguments, data_args: DataArguments, args: FinetuneArguments) -> tuple[Any, Any, Any]:
     """Return the tokenizer with its chat template, training and held-out rows; set in `args` which tokens are learned.
 
     Raises:
         UsageError: for an invalid tokenizer, invalid data or flags for them; before anything is tokenized.
     """
-    _check_data_flags(data_args, args)
+    check_data_flags(data_args, args)
     tokenizer = load_tokenizer(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
     data = load_data(
         data_args.dataset_name,
@@ -156,7 +127,7 @@ def prepare_data(model_args: ModelArguments, data_args: DataArguments, args: Fin
         args.assistant_only_loss = data.form == MESSAGES
     if args.assistant_only_loss and data.form in (MESSAGES, TURNS):
         check_marked(tokenizer)
-    _check_losses(data.form, args)
+    check_losses(data.form, args)
     return tokenizer, data.train, data.held_out
 
 
@@ -235,29 +206,6 @@ def data_report(trainer: TOSFTTrainer) -> Group:
             )
         )
     return Group(table(parts), *said, "")
-
-
-def _check_data_flags(data_args: DataArguments, args: FinetuneArguments) -> None:
-    """Raise if flags of the data exclude each other, or would do nothing, or harm."""
-    if data_args.dataset_streaming and args.max_steps <= 0:
-        raise UsageError("dataset_streaming=True needs --max_steps: how long a stream is, is not known.")
-    if args.dataset_kwargs:
-        raise UsageError(f"dataset_kwargs={args.dataset_kwargs!r}: the rows are texts, which have to be prepared.")
-    if args.packing and args.truncation_mode == "keep_end":
-        raise UsageError("truncation_mode='keep_end' does nothing with --packing true, which keeps the start.")
-    if args.eval_packing and not (args.packing or args.padding_free):
-        raise UsageError("eval_packing=True needs --packing true: else packed held-out rows would see each other.")
-
-
-def _check_losses(form: str, args: FinetuneArguments) -> None:
-    """Raise if a flag would make the run learn other tokens than it says."""
-    if args.completion_only_loss and form in (MESSAGES, TEXT):
-        instead = "--assistant_only_loss" if form == MESSAGES else "nothing of the kind"
-        raise UsageError(f"completion_only_loss=True needs prompts and completions; for {form} there is {instead}.")
-    if args.packing and args.packing_strategy == "wrapped" and form != TEXT:
-        raise UsageError(
-            f"packing_strategy='wrapped' cuts {form} anywhere and lets them see each other: use bfd, or bfd_split."
-        )
 
 
 def _say(sentences: list[str], args: FinetuneArguments) -> None:

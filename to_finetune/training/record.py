@@ -19,7 +19,7 @@ from to_finetune.errors import UsageError
 from to_finetune.files import check_place, write_json, write_whole
 from to_finetune.machine import machine
 from to_finetune.runs import CONFIG, RECORD, last_checkpoint, mapping, read, step_of
-from to_finetune.training.arguments import without_secrets
+from to_finetune.training.recipe import without_secrets
 
 MUST_AGREE = (
     "model_name_or_path",

@@ -19,16 +19,10 @@ from filelock import FileLock, Timeout
 
 from to_finetune.errors import RunError, UsageError, at_least_one
 from to_finetune.files import check_place, write_json
-from to_finetune.training.arguments import (
-    ArgumentsElsewhere,
-    DataArguments,
-    FinetuneArguments,
-    ModelArguments,
-    parse_arguments,
-    resolved_config,
-    without_secrets,
-)
+from to_finetune.training.arguments import ArgumentsElsewhere, DataArguments, FinetuneArguments, ModelArguments
+from to_finetune.training.parser import parse_arguments
 from to_finetune.training.prepare import settle_learning_rate
+from to_finetune.training.recipe import resolved_config, without_secrets
 from to_finetune.training.search import (
     Space,
     as_flags,

@@ -34,7 +34,7 @@ from to_finetune.optim import DiagonalTO, RankOneTO, TrainableOptimizer
 from to_finetune.optim.checkpoint import load_state, load_weights, named, save_state, whole_weights
 from to_finetune.training.arguments import TrainableOptimizerArguments
 from to_finetune.training.callbacks import ShortBackward
-from to_finetune.training.launch import check_clipping, check_layout, check_processes
+from to_finetune.training.layout import check_clipping, check_layout, check_processes
 from to_finetune.training.optimizers import OPTIMIZERS, recommended_learning_rate, with_embeddings_apart
 from to_finetune.training.proofs import EngagementProofs, unwrapped
 
