@@ -165,12 +165,13 @@ def _tables(
 
 
 def _index(rows: Mapping[int, int], members: Sequence[Member], device: torch.device) -> Tensor:
-    return to_device(torch.tensor([rows[member.position] for member in members]), device)
+    return to_device(torch.tensor([rows[member.position] for member in members], device="cpu"), device)
 
 
 def numels_of(members: Sequence[Member], device: torch.device) -> Tensor:
     """Return the sizes of the members' whole tensors, in the dtype of sums on this device."""
-    return to_device(torch.tensor([float(member.numel) for member in members], dtype=accumulator(device)), device)
+    numbers = [float(member.numel) for member in members]
+    return to_device(torch.tensor(numbers, dtype=accumulator(device), device="cpu"), device)
 
 
 def _totals(group: Mapping[str, Any], sums: Tensor, members: Sequence[Member], numels: Tensor) -> Totals:

@@ -43,18 +43,20 @@ class Diagnostics:
         sums = []
         for shards, pieces in self._squares.items():
             squares = [torch.stack([x.double().sum() for x in pair]) for pair in pieces.values()]
-            sums.append(all_reduce(_folded(squares, Tensor.add, torch.zeros(2, dtype=torch.float64)), shards))
-        error, norm = _folded(sums, Tensor.add, torch.full((2,), torch.nan))
+            sums.append(
+                all_reduce(_folded(squares, Tensor.add, torch.zeros(2, dtype=torch.float64, device="cpu")), shards)
+            )
+        error, norm = _folded(sums, Tensor.add, torch.full((2,), torch.nan, device="cpu"))
         return (error / norm).sqrt()
 
     def gradient_peak(self) -> Tensor:
         """Return the largest ``max|g| / ||g||`` of any tensor, 0-dim; NaN before the first step."""
-        none = torch.zeros((), dtype=torch.float64)
+        none = torch.zeros((), dtype=torch.float64, device="cpu")
         peaks = []
         for shards, pieces in self._peaks.items():
             own = [(peak / square.sqrt().clamp(min=SMALLEST_DIVISOR)).max() for peak, square in pieces.values()]
             peaks.append(all_reduce(_folded(own, torch.maximum, none), shards, ReduceOp.MAX))
-        return _folded(peaks, torch.maximum, torch.tensor(torch.nan))
+        return _folded(peaks, torch.maximum, torch.tensor(torch.nan, device="cpu"))
 
 
 def _piece(member: Member) -> Piece:

@@ -62,7 +62,7 @@ class Matrices:
 
     @cached_property
     def sizes_on_device(self) -> Tensor:
-        return to_device(torch.tensor(self.sizes), self.kind.device)
+        return to_device(torch.tensor(self.sizes, device="cpu"), self.kind.device)
 
     @cached_property
     def kernels(self) -> ModuleType | None:

@@ -106,7 +106,7 @@ def _learn(slope: dict[str, Tensor], correction: Tensor, w: Tensor, dtype: torch
     """
     n = w.numel()
     if "A" not in slope and "pairs" not in slope:
-        slope["pairs"] = torch.tensor(0)
+        slope["pairs"] = torch.tensor(0, device="cpu")
         slope["corrections"] = slope["weights"] = w.new_empty(0, n, dtype=dtype)
     if "A" not in slope and not history_is_smaller(n, int(slope["pairs"]) + 1):
         corrections, weights = _history(slope)

@@ -299,10 +299,10 @@ class TrainableOptimizer(StatefulOptimizer):
         Args:
             position: the parameter's; its complement for the projection after the step, which needs other bits.
         """
-        taken = member.state.get("step", torch.tensor(0.0))
+        taken = member.state.get("step", torch.tensor(0.0, device="cpu"))
         if may_read(group, taken):
             return state_key(group["seed"], int(taken), position)
-        return state_key(group["seed"], taken.long(), torch.tensor(position))
+        return state_key(group["seed"], taken.long(), torch.tensor(position, device="cpu"))
 
     def _gradient(self, group: Mapping[str, Any], member: Member) -> Tensor:
         """Return the gradient in p's compute dtype, with coupled weight decay and sign; it may alias ``p.grad``."""
@@ -391,14 +391,14 @@ class TrainableOptimizer(StatefulOptimizer):
         must call it.
         """
         if not any(group["grad_scale"] for group in self.param_groups):
-            return torch.tensor(torch.nan)
+            return torch.tensor(torch.nan, device="cpu")
         return self._diagnostics.gradient_peak()
 
     def skipped_steps(self) -> Tensor:
         """Return how many steps `skip_nonfinite` has skipped, resumed runs included; 0-dim, on the weights' device."""
         counts = [state["skipped"] for state in self.state.values() if "skipped" in state]
         if not counts:
-            return torch.tensor(0.0)
+            return torch.tensor(0.0, device="cpu")
         return torch.stack([count.to(counts[0].device) for count in counts]).max()
 
 
@@ -409,5 +409,5 @@ def total(parts: Sequence[Tensor]) -> Tensor:
 
 def _nonfinite(norms: Sequence[Tensor]) -> Tensor:
     """Return whether any gradient is infinite or NaN, 0-dim bool, given ``||g||^2`` of all tensors."""
-    finite = [norm.isfinite().all() for norm in norms] or [torch.tensor(True)]
+    finite = [norm.isfinite().all() for norm in norms] or [torch.tensor(True, device="cpu")]
     return ~torch.stack([x.to(finite[0].device) for x in finite]).all()

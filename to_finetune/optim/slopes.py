@@ -60,7 +60,7 @@ def _slope(numel: int, w: Tensor, *factors: Tensor) -> Slope:
         u, v = factors
         return Slope(_rms(u) * _rms(v) * numel, _rms(w), [])
     (a,) = factors
-    return Slope(_rms(a), _rms(w), torch.quantile(a, torch.tensor(QUANTILES)).tolist())
+    return Slope(_rms(a), _rms(w), torch.quantile(a, a.new_tensor(QUANTILES)).tolist())
 
 
 def _sample(members: Sequence[Member], name: str | None) -> Tensor | None:

@@ -55,7 +55,7 @@ def fill_(state: dict[str, Tensor], name: str, value: float) -> None:
         target.fill_(value)
         return
     nearest = torch.full(target.shape, 1 << 15, device=target.device)
-    codes, new_exponents = encode(torch.full(target.shape, value, device=target.device), nearest)
+    codes, new_exponents = encode(torch.full(target.shape, value, dtype=torch.float32, device=target.device), nearest)
     target.copy_(codes)
     exponents.copy_(new_exponents[:1].expand_as(exponents))  # the same in every block, wherever a shard cuts it
 

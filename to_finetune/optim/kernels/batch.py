@@ -77,13 +77,13 @@ class Batch(Part):
             [member.first or 0 for member in self.members],
             unused,
         ]
-        self._rows = torch.tensor(columns).t().contiguous()
+        self._rows = torch.tensor(columns, device="cpu").t().contiguous()
 
     def take_gradients(self) -> None:
         """Look up the addresses of the members' gradients, and drop all sums over earlier ones."""
         self.grads = [member.grad.contiguous() for member in self.members]
         addresses = list(map(Tensor.data_ptr, self.grads))
-        self._rows[:, GRADIENT] = torch.tensor(addresses)
+        self._rows[:, GRADIENT] = torch.tensor(addresses, device="cpu")
         if self.rounds and may_read(self.group, self.steps):
             counts = set(self.steps.tolist())
             count = int(counts.pop()) if len(counts) == 1 else self.steps.long()  # faster with a single number
@@ -126,7 +126,7 @@ class Batch(Part):
     @cached_property
     def _positions(self) -> Tensor:
         """The parameters' indices in the optimizer, (members,) int64 on the host."""
-        return torch.tensor([member.position for member in self.members])
+        return torch.tensor([member.position for member in self.members], device="cpu")
 
     @cached_property
     def numbers(self) -> tuple[int, ...]:
@@ -210,7 +210,8 @@ def signed_decay_and_sign(group: Mapping[str, Any]) -> tuple[float, float]:
 
 def rows(row: Sequence[float], batch: Batch) -> Tensor:
     """Repeat a row of scalars for all members, on the batch's device."""
-    return to_device(torch.tensor(row).expand(len(batch.members), SCALARS).contiguous(), batch.device)
+    one = torch.tensor(row, dtype=torch.float32, device="cpu")
+    return to_device(one.expand(len(batch.members), SCALARS).contiguous(), batch.device)
 
 
 def as_vector(states: Sequence[dict[str, Tensor]], name: str) -> Tensor:
@@ -272,7 +273,7 @@ class Pieces:
     def take_gradients(self) -> None:
         """Look up the addresses of the pieces' gradients."""
         addresses = [piece.grad.data_ptr() for piece in self.pieces]
-        self.table[:, 0] = torch.tensor(addresses)
+        self.table[:, 0] = torch.tensor(addresses, device="cpu")
         self.aligned = self._rows_align and all(address % 16 == 0 for address in addresses)
 
     @property

@@ -152,11 +152,11 @@ def _scalars(batch: Batch) -> Tensor:
     if is_readable and not lr_on_device:
         steps = taken.tolist()
         rates = {step: [float(x) for x in _columns(group, int(step))] for step in set(steps)}
-        alike = len(rates) == 1
-        return rows(rates[steps[0]], batch) if alike else to_device(torch.tensor([rates[x] for x in steps]), device)
+        if len(rates) == 1:
+            return rows(rates[steps[0]], batch)
+        return to_device(torch.tensor([rates[x] for x in steps], dtype=torch.float32, device="cpu"), device)
     taken = taken.to(device, non_blocking=True).double()
-    columns = (torch.as_tensor(x).double() for x in _columns(group, taken))
-    return torch.stack([taken * 0 + x for x in columns], dim=1).float()
+    return torch.stack([taken * 0 + x for x in _columns(group, taken)], dim=1).float()
 
 
 def _columns(group: Mapping[str, Any], taken: int | Tensor) -> list[float | Tensor]:

@@ -95,7 +95,7 @@ def _places(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[T
 @lru_cache(maxsize=256)
 def _made_places(sizes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, int]:
     counts = [x for rows, columns in sizes for x in (-(-columns // WIDE) * rows, -(-rows // TALL) * columns)]
-    ends = torch.tensor([0, *counts]).cumsum(0)
+    ends = torch.tensor([0, *counts], device="cpu").cumsum(0)
     return ends[:-1].view(-1, 2).to(device), int(ends[-1])
 
 

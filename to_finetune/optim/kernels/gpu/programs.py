@@ -27,8 +27,8 @@ def programs_of(sizes: Sequence[int], device: torch.device, each: int = 1) -> tu
 
 @lru_cache(maxsize=256)
 def _made_programs(sizes: tuple[int, ...], device: torch.device, each: int) -> tuple[Tensor, Tensor]:
-    chunks = torch.tensor([-(-size // each) for size in sizes])
+    chunks = torch.tensor([-(-size // each) for size in sizes], device="cpu")
     begin = torch.cat([chunks.new_zeros(1), chunks.cumsum(0)])
-    which = torch.repeat_interleave(torch.arange(len(sizes)), chunks)
-    programs = torch.stack([which, torch.arange(len(which)) - begin[which]], dim=1).int()
+    which = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), chunks)
+    programs = torch.stack([which, torch.arange(len(which), device="cpu") - begin[which]], dim=1).int()
     return programs.to(device), begin.to(device)
