@@ -190,25 +190,33 @@ def through_dcp(model: nn.Module, optimizer: TrainableOptimizer, directory: Path
     weights, state = get_state_dict(model, optimizer)
     dcp.save({"weights": weights, "state": state}, checkpoint_id=directory, no_dist=True)
     fresh = small_model()
-    weights, state = get_state_dict(fresh, type(optimizer)(fresh.parameters()))
+    options = {"state_dtype": optimizer.param_groups[0]["state_dtype"]}
+    weights, state = get_state_dict(fresh, type(optimizer)(fresh.parameters(), **options))
     loaded = {"weights": weights, "state": state}
     dcp.load(loaded, checkpoint_id=directory, no_dist=True)
     return loaded["weights"], loaded["state"]
 
 
+def flattened(model: nn.Module, optimizer: TrainableOptimizer, directory: Path) -> tuple[Any, Any]:
+    """With the optimizer's state as one flat mapping."""
+    return copy.deepcopy(get_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True)))
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(
-    ("name", "through"),
+    ("name", "through", "state_dtype"),
     [
-        ("diagonal", through_memory),
-        ("rank_one", through_memory),
-        ("full", through_memory),
-        ("diagonal", through_dcp),
-        ("rank_one", through_dcp),
+        ("diagonal", through_memory, None),
+        ("rank_one", through_memory, torch.int8),
+        ("full", through_memory, None),
+        ("diagonal", through_dcp, torch.int8),
+        ("rank_one", through_dcp, None),
+        ("diagonal", flattened, None),
+        ("rank_one", flattened, torch.int8),
     ],
 )
 def test_torchs_distributed_state_dicts_restore_the_run(
-    name: str, through: Callable[..., tuple[Any, Any]], tmp_path: Path
+    name: str, through: Callable[..., tuple[Any, Any]], state_dtype: torch.dtype | None, tmp_path: Path
 ) -> None:
     """get_state_dict and set_state_dict, by parameter names, in one process; then the runs go on as one."""
     x = torch.randn(8, 4)
@@ -222,10 +230,12 @@ def test_torchs_distributed_state_dicts_restore_the_run(
         return flat(list(model.parameters()))
 
     model, other = small_model(), small_model()
-    optimizer, restored = (OPTIMIZERS[name](m.parameters(), alpha=0.3) for m in (model, other))
+    kind, options = OPTIMIZERS[name], {"alpha": 0.3, "state_dtype": state_dtype}
+    optimizer, restored = (kind(m.parameters(), **options) for m in (model, other))
     train(model, optimizer, 8)
     weights, state = through(model, optimizer, tmp_path)
-    set_state_dict(other, restored, model_state_dict=weights, optim_state_dict=state, options=StateDictOptions())
+    how = StateDictOptions(flatten_optimizer_state_dict=through is flattened)
+    set_state_dict(other, restored, model_state_dict=weights, optim_state_dict=state, options=how)
     assert torch.equal(train(model, optimizer, 3), train(other, restored, 3))
 
 
@@ -356,10 +366,10 @@ def test_a_weight_of_another_shape_than_its_state_is_refused(variant: str, fused
 
 
 def test_what_a_wrapper_has_put_there_is_refused(variant: str) -> None:
-    """FSDP's first version, and what has another size."""
+    """FSDP's first version, and a flat tensor of another size, as DeepSpeed makes it."""
     (p,) = make_weights([(3,)])
     optimizer = OPTIMIZERS[variant]([p])
-    other: Any = make_weights([(7,)])
+    other: Any = [torch.randn(7, dtype=torch.float64, requires_grad=True)]
     optimizer.param_groups[0]["params"] = other
     with pytest.raises(RuntimeError, match="replaced by others of another size"):
         run(optimizer, other, 1)

@@ -207,7 +207,7 @@ class TrainableOptimizer(StatefulOptimizer):
             equalize_(known)  # before any part takes a copy of a gradient
         may_skip = any(group["skip_nonfinite"] for group, _ in work)
         parts = [part for group, members in work for part in self._parts(group, members, may_skip)]
-        return Prepared(work, parts, matrices, self.state)
+        return Prepared(work, parts, matrices, self.state, self.defaults.keys())
 
     def _step_members(self, step: Prepared) -> None:
         """Update the weights and count the step."""

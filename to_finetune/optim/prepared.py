@@ -38,6 +38,8 @@ class Counts:
 
     def add(self, name: str, amount: float | Tensor) -> None:
         if name not in self.vectors:
+            for state in self.states:  # without it if `skip_nonfinite` was switched on in between
+                state.setdefault(name, torch.zeros_like(state["step"]))
             self.vectors[name] = as_vector(self.states, name)
             self.views[name] = [state[name] for state in self.states]
             if self.views[name][0]._base is not self.vectors[name]:  # new, or loaded and perhaps shared
@@ -68,11 +70,13 @@ class Prepared:
         parts: Sequence[Part],
         matrices: Sequence[Matrices],
         states: Mapping[Tensor, dict[str, Tensor]],
+        options: Collection[str],
     ) -> None:
         self.work, self.parts, self.matrices = work, parts, matrices
         self._members = [member for _, members in work for member in members]
         self._batches = [part for part in parts if isinstance(part, Batch)]
-        self._options = [options_of(group) for group, _ in work]
+        self._names = options
+        self._options = [options_of(group, options) for group, _ in work]
         self._states, self._dtypes = list(states.values()), [member.grad.dtype for member in self._members]
         self.counts = list(_counts(work, states))
         self.sharers = list(dict.fromkeys(member.shards for member in self._members))
@@ -105,7 +109,7 @@ class Prepared:
             return None
         gradients = list[Tensor]()
         for group, (known, members), options in zip(groups, self.work, self._options, strict=True):
-            if group is not known or options_of(group) != options:
+            if group is not known or options_of(group, self._names) != options:
                 return None
             ready = [(p, grad) for p in group["params"] if (grad := p.grad) is not None]
             if not _are([p for p, _ in ready], [member.owner for member in members]):

@@ -57,12 +57,28 @@ class Given(NamedTuple):
     """The parameters of a group as the optimizer was given them, before DeepSpeed replaces them."""
 
     begin: int  # index of the first one among all of the optimizer's
-    refs: list[weakref.ref[Tensor]]
+    ids: list[int]
+    refs: dict[int, weakref.ref[Tensor]]  # by index, of those that DeepSpeed may still replace
     shapes: list[torch.Size]
     options: dict[str, Any]  # of the group, without lr, which a schedule changes
 
+    def original(self, index: int) -> Tensor | None:
+        """Return the parameter that was given, if it is known and still alive."""
+        return self.refs[index]() if index in self.refs else None
+
+    @property
+    def originals(self) -> list[Any]:
+        """Those parameters that DeepSpeed may have replaced."""
+        return [p for ref in self.refs.values() if (p := ref()) is not None]
+
     def position(self, p: Tensor) -> int:
-        return self.begin + next(i for i, ref in enumerate(self.refs) if ref() is p)
+        return self.begin + next(i for i, ref in self.refs.items() if ref() is p)
+
+    def is_another(self, p: Tensor, index: int) -> bool:
+        """Whether p is neither the parameter that was given nor that one elsewhere, in another dtype or sharded."""
+        if index >= len(self.ids):
+            return True
+        return self.ids[index] != id(p) and self.shapes[index].numel() != p.numel()
 
 
 class Run(NamedTuple):
@@ -108,7 +124,10 @@ class Layout(NamedTuple):
 
 def given(params: Sequence[Tensor], begin: int, options: dict[str, Any]) -> Given:
     """Record these parameters without keeping them alive."""
-    return Given(begin, [weakref.ref(p) for p in params], [getattr(p, "ds_shape", p.shape) for p in params], options)
+    # torch cannot swap a tensor's contents (FSDP2's model.to() does) while there is a weak reference to it.
+    refs = {i: weakref.ref(p) for i, p in enumerate(params) if not isinstance(p, DTensor)}
+    shapes = [getattr(p, "ds_shape", p.shape) for p in params]
+    return Given(begin, list(map(id, params)), refs, shapes, options)
 
 
 def layout_of(p: Tensor, index: int, known: Given) -> Layout:
@@ -121,9 +140,10 @@ def layout_of(p: Tensor, index: int, known: Given) -> Layout:
         return _layout_of_dtensor(p, known.begin + index)
     if getattr(p, "_fsdp_flattened", False) or type(p).__name__ == "FlatParameter":
         raise RuntimeError("The weights are sharded by FSDP's first version, which hides them; use FSDP2.")
-    if index < len(known.refs) and known.refs[index]() is p:
+    if index < len(known.ids) and known.ids[index] == id(p):
+        known.refs.pop(index, None)  # nothing will replace it any more
         return _whole(p, known.begin + index)
-    originals = [q for ref in known.refs if (q := ref()) is not None]
+    originals = known.originals
     if any(hasattr(q, "_z3_optimizer") for q in originals):
         return _layout_of_zero3(p, originals, known)
     if any(hasattr(q, "_hp_mapping") for q in originals):
@@ -132,16 +152,16 @@ def layout_of(p: Tensor, index: int, known: Given) -> Layout:
         return _whole(p, known.begin + index)
     raise RuntimeError(
         "The optimizer's weights were replaced by others of another size, and nothing says what they hold. "
-        "Under DeepSpeed use a ZeRO stage from 1 to 3."
+        "Under DeepSpeed use a ZeRO stage from 1 to 3, from the first step on; elsewhere replace them by Parameters."
     )
 
 
 def stand_ins(params: Sequence[Tensor], known: Given) -> Sequence[Tensor]:
     """Return a group's parameters, or DeepSpeed's partitions, which ZeRO-3 puts into the group only during a step."""
-    zero = next((q._z3_optimizer for ref in known.refs if hasattr(q := ref(), "_z3_optimizer")), None)  # type: ignore[union-attr]
+    zero = next((q._z3_optimizer for q in known.originals if hasattr(q, "_z3_optimizer")), None)
     if params or zero is None:
         return params
-    own = {id(ref()) for ref in known.refs}
+    own = set(known.ids)
     return [
         flat
         for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)

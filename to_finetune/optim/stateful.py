@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from to_finetune.optim import universal
@@ -24,7 +24,7 @@ from to_finetune.optim.sharding import (
     stand_ins,
     unpacked_state,
 )
-from to_finetune.optim.state import new_state
+from to_finetune.optim.state import exponents_name, new_state
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Group = dict[str, Any]
@@ -44,6 +44,7 @@ class StatefulOptimizer(Optimizer, ABC):
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         self._given: list[Given] = []
         self._groups: list[Group] = []
+        self._loaded: dict[Tensor, dict[str, Any]] = {}
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: Group) -> None:
@@ -64,13 +65,19 @@ class StatefulOptimizer(Optimizer, ABC):
             self.param_groups.pop()
             raise
         self._remember(group)
-        self._groups.append(group)
 
     def _remember(self, group: Group) -> None:
         """Record a new group as it was given, since a wrapper may replace its parameters."""
-        params = group["params"]
-        start = sum(len(known.refs) for known in self._given)
-        self._given.append(given(params, start, options_of(group)))
+        start = sum(len(known.shapes) for known in self._given)
+        self._given.append(given(group["params"], start, options_of(group, self.defaults)))
+        self._groups.append(group)
+
+    def _remember_again(self) -> None:
+        """Record all groups anew, as those of a copy or with other parameters."""
+        self._given, self._groups = [], []
+        for group in self.param_groups:
+            self._remember(group)
+        self.forget_last_step()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -79,10 +86,10 @@ class StatefulOptimizer(Optimizer, ABC):
                 group.setdefault(key, value)
             _name_to_dtype(group)
         if "_given" not in self.__dict__:  # a copy
-            self._given = []
-            for group in self.param_groups:
-                self._remember(group)
+            self._loaded = {}
+            self._remember_again()
         self._groups = list(self.param_groups)
+        self.state.update(self._loaded)
         self.forget_last_step()
 
     @abstractmethod
@@ -91,15 +98,22 @@ class StatefulOptimizer(Optimizer, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict, with int8 state as int16 (code and exponent) that any layout can load."""
-        saved = super().state_dict()
+        hook = self.register_state_dict_post_hook(_as_saved, prepend=True)  # others see what is saved
+        try:
+            return super().state_dict()
+        finally:
+            hook.remove()
+
+    def _to_saved(self, saved: dict[str, Any]) -> None:
+        """Convert a state dict of torch's to what is saved, in place."""
         tensors = chain.from_iterable(group["params"] for group in self.param_groups)
         numbers = dict(
             zip(tensors, chain.from_iterable(group["params"] for group in saved["param_groups"]), strict=True)
         )
         wholes: dict[int, Tensor] = {}
-        for p, group, layout in self._owners():
+        for p, layout in self._owners():
             state = saved["state"][numbers[p]]
-            if group["state_dtype"] == torch.int8:
+            if state[self.state_names[0]].dtype == torch.int8:
                 state = packed_state(layout, p, state, self.state_names)
             if layout.is_flat:
                 if universal.WHOLE in state:
@@ -111,7 +125,6 @@ class StatefulOptimizer(Optimizer, ABC):
                 group["state_dtype"] = str(group["state_dtype"]).removeprefix("torch.")
         if wholes:
             saved["param_groups"][0][WHOLES] = wholes
-        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a saved state, keeping each tensor's saved dtype (torch would cast it to the weight's).
@@ -122,29 +135,44 @@ class StatefulOptimizer(Optimizer, ABC):
             ValueError: if the saved parameter groups differ from the optimizer's.
             RuntimeError: if the state is another optimizer's, or of weights of other shapes.
         """
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            for i, (p, saved_id) in enumerate(zip(group["params"], saved["params"], strict=False)):
-                if not self._layout(group, i, p).is_flat:  # else the state has DeepSpeed's names
-                    self._check_state(self._known(group).begin + i, p, state_dict["state"].get(saved_id, {}))
-        super().load_state_dict(state_dict)
-        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = ((group, p) for group in self.param_groups for p in group["params"])
-        for saved_id, (group, p) in zip(saved_ids, params, strict=True):
-            for name, value in state_dict["state"].get(saved_id, {}).items():
-                if isinstance(value, Tensor):
-                    device = _counting_device(group, p) if name in COUNTERS else p.device
-                    self.state[p][name] = value.to(device)
-        for p, group, layout in self._owners():
-            if layout.is_flat:
-                self.state[p] = universal.named_back(self.state[p])
-            if group["state_dtype"] == torch.int8:
-                self.state[p] = unpacked_state(layout, p, self.state[p], self.state_names)
+        hook = self.register_load_state_dict_pre_hook(_read_saved)  # after those of others
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+            self._loaded = {}
         self.param_groups[0].pop(WHOLES, None)
+
+    def _from_saved(self, saved: dict[str, Any]) -> None:
+        """Check and convert the states to load, before any is replaced."""
+        for group, saved_group in zip(self.param_groups, saved["param_groups"], strict=False):
+            new_group = {**group, **saved_group}
+            for i, (p, number) in enumerate(zip(group["params"], saved_group["params"], strict=False)):
+                if state := saved["state"].get(number):
+                    layout = self._layout(group, i, p)
+                    self._loaded[p] = self._as_held(new_group, self._known(group).begin + i, p, layout, state)
+
+    def _as_held(
+        self, group: Group, position: int, p: Tensor, layout: Layout, saved: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Undo `_to_saved` for the state of one tensor."""
+        if layout.is_flat:
+            saved = universal.named_back(saved)
+        else:
+            self._check_state(position, p, saved)
+        state = {
+            name: x.to(_counting_device(group, p) if name in COUNTERS else p.device) if isinstance(x, Tensor) else x
+            for name, x in saved.items()
+        }
+        if group["state_dtype"] in (torch.int8, "int8") or _is_packed(state, self.state_names):
+            return unpacked_state(layout, p, state, self.state_names)
+        return state
 
     def _check_state(self, position: int, p: Tensor, saved: Mapping[str, Any]) -> None:
         """Raise unless `saved` is this optimizer's state for a tensor of p's shape; the kernels do not check."""
-        names = saved.keys() - {*COUNTERS, *self.block_names}
-        if saved and names != set(self.state_names):
+        exponents = map(exponents_name, self.state_names)  # torch adds them when it restores a flattened dict
+        names = saved.keys() - {*COUNTERS, *self.block_names, *exponents}
+        if names != set(self.state_names):
             raise RuntimeError(
                 f"The saved state of parameter {position} is {', '.join(sorted(names))}, but "
                 f"{type(self).__name__}'s is {', '.join(self.state_names)}: it is another optimizer's."
@@ -156,12 +184,12 @@ class StatefulOptimizer(Optimizer, ABC):
                     f"parameter {tuple(p.shape)}: it is another model's."
                 )
 
-    def _owners(self) -> Iterator[tuple[Tensor, Group, Layout]]:
-        """Yield the tensors that have state, each with its group and layout."""
+    def _owners(self) -> Iterator[tuple[Tensor, Layout]]:
+        """Yield the tensors that have state, each with its layout."""
         for group in self.param_groups:
             for i, p in enumerate(group["params"]):
-                if self.state.get(p):
-                    yield p, group, self._layout(group, i, p)
+                if self.state_names[0] in self.state.get(p, {}):
+                    yield p, self._layout(group, i, p)
 
     @torch.no_grad()
     def held(self) -> list[Member]:
@@ -178,15 +206,19 @@ class StatefulOptimizer(Optimizer, ABC):
         by_tensor = {p: name for name, p in parameters.items()}
         names = []
         for group, known in zip(self._groups, self._given, strict=True):  # DeepSpeed drops empty groups of param_groups
-            for i, ref in enumerate(known.refs):
-                here = [p for p in (ref(), *group["params"][i : i + 1]) if p is not None and p in by_tensor]
+            for i in range(len(known.shapes)):
+                here = [p for p in (known.original(i), *group["params"][i : i + 1]) if p is not None and p in by_tensor]
                 if not here:
                     raise RuntimeError(f"The optimizer's parameter {known.begin + i} is not one of the model's.")
                 names.append(by_tensor[here[0]])
         return names
 
     def _known(self, group: Group) -> Given:
-        return next(known for known, own in zip(self._given, self._groups, strict=True) if own is group)
+        for known, own in zip(self._given, self._groups, strict=True):
+            if own is group:
+                return known
+        self._remember_again()  # the groups were put together anew
+        return self._given[next(i for i, own in enumerate(self._groups) if own is group)]
 
     def layouts(self, group: Group) -> list[tuple[Tensor, Layout]]:
         """Return all tensors of a group with their layouts, even while ZeRO-3 hides them."""
@@ -194,7 +226,11 @@ class StatefulOptimizer(Optimizer, ABC):
         return [(p, self._layout(group, i, p)) for i, p in enumerate(tensors)]
 
     def _layout(self, group: Group, index: int, p: Tensor) -> Layout:
-        layout = layout_of(p, index, self._known(group))
+        known = self._known(group)
+        if isinstance(p, nn.Parameter) and known.is_another(p, index):
+            self._remember_again()
+            known = self._known(group)
+        layout = layout_of(p, index, known)
         check_layout(layout, self.variant, group, len(self._groups))
         return layout
 
@@ -210,9 +246,11 @@ class StatefulOptimizer(Optimizer, ABC):
         if layout.is_flat and "exp_avg" in self.state.get(p, {}):
             self._take_from_deepspeed(group, p, layout)
         state = self.state[p]
-        is_new = not state
+        is_new = self.state_names[0] not in state
         if is_new:
             state.update(self._initial_state(group, p, layout.exponents()))
+        elif _is_packed(state, self.state_names):  # put there by a wrapper, past `load_state_dict`
+            state.update(unpacked_state(layout, p, state, self.state_names))
         members = members_of(layout, p, grad, state)
         if is_new:
             self._start(group, members)
@@ -238,9 +276,24 @@ class StatefulOptimizer(Optimizer, ABC):
         """Initialize the new state that does not start at zero."""
 
 
-def options_of(group: Group) -> Group:
-    """Return all options of a group but lr, which a schedule changes."""
-    return {name: value for name, value in group.items() if name not in ("params", "lr")}
+def _as_saved(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    assert isinstance(optimizer, StatefulOptimizer)
+    optimizer._to_saved(saved)
+
+
+def _read_saved(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    assert isinstance(optimizer, StatefulOptimizer)
+    optimizer._from_saved(saved)
+
+
+def options_of(group: Group, defaults: Iterable[str]) -> Group:
+    """Return a group's options by the names of their defaults, but for lr, which a schedule changes."""
+    return {name: group[name] for name in defaults if name != "lr"}
+
+
+def _is_packed(state: Mapping[str, Any], names: Sequence[str]) -> bool:
+    """Whether it is int8 state as `sharding.packed_state` makes it."""
+    return state[names[0]].dtype == torch.int16
 
 
 def compute_dtype(p: Tensor) -> torch.dtype:

@@ -1,0 +1,156 @@
+"""State and groups in other hands: hooks, wrappers, and users who change them in place."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from to_finetune.optim import DiagonalTO
+
+from .helpers import OPTIMIZERS, copies, make_weights, run, step
+from .test_state import assert_same_bits
+
+
+def in_the_order_of_names(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """What torch's documentation recommends for loading by the names of parameters."""
+    adapted = copy.deepcopy(saved)
+    for group, own in zip(adapted["param_groups"], optimizer.param_groups, strict=True):
+        numbers = dict(zip(group["param_names"], group["params"], strict=True))
+        group["params"] = [numbers[name] for name in own["param_names"]]
+        group["param_names"] = list(own["param_names"])
+    return adapted
+
+
+@pytest.mark.parametrize("shapes", [[(3,), (3,)], [(3,), (5,)]], ids=["alike", "not alike"])
+def test_a_hook_before_loading_is_obeyed(variant: str, shapes: list[tuple[int, ...]]) -> None:
+    a, b = make_weights(shapes)
+    optimizer = OPTIMIZERS[variant]([("a", a), ("b", b)])
+    run(optimizer, [a, b], 2)
+    other = OPTIMIZERS[variant]([("b", b), ("a", a)])
+    other.register_load_state_dict_pre_hook(in_the_order_of_names)
+    other.load_state_dict(optimizer.state_dict())
+    assert_same_bits(other, [a, b], optimizer, [a, b])
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_hooks_after_loading_and_saving_are_obeyed(state_dtype: torch.dtype) -> None:
+    (p,) = make_weights([(40,)], torch.float32)
+    optimizer = DiagonalTO([p], state_dtype=state_dtype)
+    run(optimizer, [p], 2)
+
+    def forget(optimizer: torch.optim.Optimizer) -> None:
+        optimizer.state[p]["b"].zero_()
+
+    seen: dict[str, torch.dtype] = {}
+
+    def drop(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        seen.update({name: x.dtype for name, x in saved["state"][0].items()})
+        return {**saved, "state": {}}
+
+    other = DiagonalTO([p], state_dtype=state_dtype)
+    other.register_load_state_dict_post_hook(forget)
+    other.load_state_dict(optimizer.state_dict())
+    assert not other.state[p]["b"].any()
+    assert torch.equal(other.state[p]["a"], optimizer.state[p]["a"])
+    other.register_state_dict_post_hook(drop)
+    assert other.state_dict()["state"] == {}
+    saved_as = torch.int16 if state_dtype == torch.int8 else state_dtype
+    assert seen == {"step": torch.float32, "a": saved_as, "b": saved_as}
+
+
+@pytest.mark.parametrize("way", ["own groups", "past load_state_dict"])
+@pytest.mark.parametrize("name", ["diagonal", "rank_one"])
+def test_int8_state_is_known_for_what_it_is(name: str, way: str) -> None:
+    """A checkpoint loaded with the groups' options of another; and as ZeroRedundancyOptimizer puts it into `state`."""
+    (p,) = make_weights([(5, 40)], torch.float32)
+    (q,) = copies([p])
+    one = OPTIMIZERS[name]([p], state_dtype="int8")
+    run(one, [p], 3)
+    q.data.copy_(p)
+    saved = copy.deepcopy(one.state_dict())
+    if way == "own groups":
+        two = OPTIMIZERS[name]([q], state_dtype="bfloat16")
+        saved["param_groups"] = two.state_dict()["param_groups"]
+        two.load_state_dict(saved)
+    else:
+        two = OPTIMIZERS[name]([q], state_dtype="int8")
+        two.state[q] = saved["state"][0]
+    run(one, [p], 2, seed=1)
+    run(two, [q], 2, seed=1)
+    assert_same_bits(two, [q], one, [p])
+
+
+def test_state_of_ones_own_is_left_alone(variant: str) -> None:
+    (p,) = make_weights([(3,)])
+    optimizer = OPTIMIZERS[variant]([{"params": [p], "mask": torch.ones(3)}])
+    optimizer.state[p]["note"] = "mine"
+    run(optimizer, [p], 2)
+    optimizer.param_groups[0]["mask"] = torch.zeros(3)
+    run(optimizer, [p], 1)
+    assert optimizer.state[p]["note"] == "mine"
+    assert optimizer.state[p]["step"] == 3
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("change", ["pruned", "grown", "appended", "removed", "copied groups"])
+def test_groups_may_be_changed_in_place(variant: str, change: str, fused: bool | None) -> None:
+    """As by those who prune and grow weights, moving the state along: what follows is as if it had begun so."""
+    if variant == "full" and change in ("pruned", "grown"):
+        pytest.skip("its matrix belongs to its weights")
+    params = make_weights([(6, 2), (2,), (4,)], torch.float32)
+    groups: list[dict[str, Any]] = [{"params": params[:1]}, {"params": params[1:]}]
+    optimizer = OPTIMIZERS[variant](groups, fused=fused)
+    run(optimizer, params, 2)
+    if change in ("pruned", "grown"):
+        rows = [0, 2, 5] if change == "pruned" else [0, 1, 2, 3, 4, 5, 0, 1]
+        state = {name: x[rows] if x.dim() else x for name, x in optimizer.state.pop(params[0]).items()}
+        params[0] = optimizer.param_groups[0]["params"][0] = nn.Parameter(params[0].detach()[rows])
+        optimizer.state[params[0]] = state
+    elif change == "appended":
+        params.insert(1, *make_weights([(7,)], torch.float32))
+        optimizer.param_groups[0]["params"].append(params[1])
+    elif change == "removed":
+        optimizer.state.pop(optimizer.param_groups[1]["params"].pop(0))
+        del params[1]
+    else:
+        optimizer.param_groups[:] = [dict(group) for group in optimizer.param_groups]
+    optimizer.forget_last_step()
+    others = copies(params)
+    first = len(optimizer.param_groups[0]["params"])
+    fresh = OPTIMIZERS[variant]([{"params": others[:first]}, {"params": others[first:]}], fused=fused)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for seed in (1, 2):
+        run(optimizer, params, 1, seed)
+        run(fresh, others, 1, seed)
+    for p, q in zip(params, others, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_no_reference_keeps_torch_from_swapping_a_weight(variant: str) -> None:
+    """As `model.to()` does under FSDP2, or whenever torch is told to swap."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    optimizer = OPTIMIZERS[variant](model.parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert all(p.dtype == torch.float64 for group in optimizer.param_groups for p in group["params"])
+
+
+def test_skipping_may_be_switched_on_later(variant: str) -> None:
+    (p,) = make_weights([(3,)])
+    optimizer = OPTIMIZERS[variant]([p])
+    run(optimizer, [p], 2)
+    before = p.detach().clone()
+    optimizer.param_groups[0]["skip_nonfinite"] = True
+    step(optimizer, [p], [torch.full_like(p, torch.inf)])
+    assert torch.equal(p, before)
+    assert (optimizer.skipped_steps(), optimizer.state[p]["step"]) == (1, 2)
