@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from to_finetune.optim import DiagonalTO
 
@@ -154,3 +155,37 @@ def test_skipping_may_be_switched_on_later(variant: str) -> None:
     step(optimizer, [p], [torch.full_like(p, torch.inf)])
     assert torch.equal(p, before)
     assert (optimizer.skipped_steps(), optimizer.state[p]["step"]) == (1, 2)
+
+
+def test_tensors_without_memory(variant: str) -> None:
+    """As in the tools that estimate a step's memory."""
+    with FakeTensorMode():
+        p = nn.Parameter(torch.ones(4))
+        optimizer = OPTIMIZERS[variant]([p])
+        for _ in range(3):
+            p.grad = torch.ones(4)
+            optimizer.step()
+    assert optimizer.state[p]["b"].shape == (4,)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_gradient_that_stands_for_minus_its_memory(variant: str, fused: bool | None) -> None:
+    """As that of a single imaginary part, in autograd; in a first step and in one that follows."""
+    (p,) = make_weights([(5,)], torch.float32)
+    (q,) = copies([p])
+    one, two = (OPTIMIZERS[variant]([x], fused=fused, lr=0.1) for x in (p, q))
+    for t in range(4):
+        g = torch.randn(5)
+        p.grad, q.grad = g, g if t == 1 else torch._neg_view(-g)
+        one.step()
+        two.step()
+    assert torch.equal(p, q)
+
+
+def test_a_single_imaginary_part_moves_downhill() -> None:
+    re, im = (nn.Parameter(torch.full((1,), x)) for x in (1.0, 2.0))
+    (torch.complex(re, im).conj() * 1j).real.sum().backward()
+    assert im.grad is not None
+    assert im.grad.is_neg()
+    DiagonalTO([re, im], lr=1.0, alpha=0.0, beta=1.0).step()
+    assert (re.item(), im.item()) == (1.0, 1.0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from to_finetune.optim import TrainableOptimizer, release_gradients
+from to_finetune.optim import DiagonalTO, TrainableOptimizer, release_gradients
 
 from .helpers import OPTIMIZERS, flat
 
@@ -228,3 +228,12 @@ def test_ddp_is_refused_at_the_start_and_at_a_step() -> None:
     ):
         loss_of(net, next(iter(batches(1)))).backward()
     assert torch.equal(flat(list(net.parameters())), before)
+
+
+def test_weights_added_later_are_not_forgotten() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    optimizer = DiagonalTO(model[0].parameters())
+    with release_gradients(model, optimizer):
+        optimizer.add_param_group({"params": list(model[1].parameters())})
+        with pytest.raises(RuntimeError, match="Parameters were added"):
+            model(torch.ones(1, 3)).sum().backward()

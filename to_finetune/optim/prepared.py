@@ -119,6 +119,7 @@ class Prepared:
             list(map(attrgetter("dtype"), gradients)) == self._dtypes
             and set(map(attrgetter("layout"), gradients)) <= {torch.strided}
             and all(map(Tensor.is_contiguous, gradients))
+            and not any(map(Tensor.is_neg, gradients))
             and all(batch.is_in_place() for batch in self._batches)
             and all(counts.are_in_place() for counts in self.counts)
         )

@@ -23,6 +23,9 @@ class RankOneTO(TrainableOptimizer):
     zero it would stay zero forever. With `relative_alpha` (ours), v is zero for weights that are zero when their state
     is created: an all-zero tensor, such as LoRA's B, has no scale for alpha to be relative to, so u would become huge
     in the first steps, and G would grow with the weights. Such a tensor has no slope and moves by momentum.
+
+    A step uses sums over the weights that the last one left behind: call `forget_last_step` after changing them
+    through ``.data``, which torch does not track.
     """
 
     state_names = ("u", "v", "b")

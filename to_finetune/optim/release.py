@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from to_finetune.optim.blocks import is_group_wide
 from to_finetune.optim.optimizer import TrainableOptimizer
@@ -26,14 +27,15 @@ class release_gradients:
                 model(batch).loss.backward()        # moves the weights; optimizer.step() finds nothing left to do
 
     The trajectory is that of ``backward(); optimizer.step()``, bit for bit, for every option that works on one tensor
-    at a time. A learning-rate scheduler steps between backward passes, as always.
+    at a time. A learning-rate scheduler steps between backward passes, as always. Activation checkpointing must not be
+    reentrant if weights are used more than once in a step, by accumulation or by several layers: each use would be a
+    backward pass of its own.
 
     Args:
         model: the model whose parameters the optimizer holds.
         optimizer: a TO whose blocks are tensors.
         accumulation_steps: backward passes per step; gradients are kept until the last pass and summed as torch does.
-            If above 1, a weight that has a gradient in one pass of a step must have one in each, and activation
-            checkpointing must not be reentrant.
+            If above 1, a weight that has a gradient in one pass of a step must have one in each.
         clip_tensor_norm: clip each tensor's gradient to this l2 norm on its own; None for no clipping. Clipping by
             the norm over all gradients, as in `torch.nn.utils.clip_grad_norm_`, is not possible here: that norm is
             unknown until the last weight has moved.
@@ -42,8 +44,8 @@ class release_gradients:
         ValueError: for an option of the optimizer that needs all gradients at once (`scope="group"` where it matters,
             `max_norm`, `skip_nonfinite`), a parameter that is not the model's, or a bad argument.
         RuntimeError: with several processes, unless the weights are sharded by FSDP2: DDP would average gradients only
-            after the weights have moved. Checked again at every step. Also if a weight had a gradient in only some
-            passes of a step, so that the others moved without it.
+            after the weights have moved. Checked again at every step. Also for parameters that the optimizer was given
+            later, and if a weight had a gradient in only some passes of a step, so that the others moved without it.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class release_gradients:
         self._clip = clip_tensor_norm
         self._waiting: dict[Tensor, int] = {}  # for their step's last pass, with their passes so far
         self._last_pass: int | None = None  # the backward pass that took the last step; None in later ones
-        self._handles = []
+        self._handles = list[RemovableHandle]()
         for group_index, group in enumerate(optimizer.param_groups):
             for index, p in enumerate(group["params"]):
                 self._handles.append(p.register_post_accumulate_grad_hook(self._hook(group_index, index)))
@@ -80,6 +82,8 @@ class release_gradients:
     def _hook(self, group_index: int, index: int) -> Callable[[Tensor], None]:
         def step(p: Tensor) -> None:
             _check_process(p)
+            if sum(len(group["params"]) for group in self._optimizer.param_groups) > len(self._handles):
+                raise RuntimeError("Parameters were added to the optimizer: call release_gradients again.")
             if not self._is_last_pass(p):
                 return
             assert p.grad is not None

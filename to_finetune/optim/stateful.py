@@ -243,6 +243,8 @@ class StatefulOptimizer(Optimizer, ABC):
         """Return the members of one tensor of the group with their state, created if missing."""
         if grad.is_sparse:
             raise RuntimeError(f"{type(self).__name__} does not support sparse gradients.")
+        if grad.is_neg():  # a view that stands for minus what is in memory, as in the gradients of complex numbers
+            grad = grad.resolve_neg()
         if layout.is_flat and "exp_avg" in self.state.get(p, {}):
             self._take_from_deepspeed(group, p, layout)
         state = self.state[p]

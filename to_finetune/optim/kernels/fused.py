@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import increment_version
 
 from to_finetune.optim.blocks import ERROR, WW, Totals, keep_for_graphs, to_device
@@ -87,7 +88,7 @@ def split(
 
 def kernels_like(p: Tensor, formats: Sequence[torch.dtype]) -> ModuleType | None:
     """Return the kernels for p's device and these formats of weights, gradients and state, or None."""
-    if not all(x in FORMATS for x in formats):
+    if isinstance(p, FakeTensor) or not all(x in FORMATS for x in formats):
         return None
     return kernels_for(p.device.type)
 
