@@ -91,6 +91,14 @@ def test_a_warm_up_may_be_given_as_a_ratio(tmp_path: Path) -> None:
     assert args.warmup_steps == 0.1
 
 
+@pytest.mark.parametrize("recipe", [{"unfrozen_last_layers": 2}, {"unfrozen_parameters": ["a"]}])
+def test_what_trains_is_said_by_the_flags_alone_if_they_say_it(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    assert parsed(tmp_path, {**NEEDED, **recipe})[0].unfrozen_modules is None
+    model, *_ = parse_arguments(["--config", str(tmp_path / "recipe.yaml"), "--unfrozen-modules", "q_proj"])
+    given = model.unfrozen_parameters, model.unfrozen_last_layers, model.unfrozen_modules
+    assert given == (None, None, ["q_proj"])
+
+
 @pytest.mark.parametrize(("name", "ours"), [("lr", "learning_rate"), ("model", "model_name_or_path")])
 def test_other_tools_names_are_known(name: str, ours: str) -> None:
     with pytest.raises(UsageError, match=f"Unknown flag '{name}'. Did you mean '{ours}'"):

@@ -117,6 +117,7 @@ BAD = {
         "gradient_accumulation_steps=0 is not valid: at least 1",
     ),
     "length of none": ({"max_length": 0}, "max_length=0", "at least 1"),
+    "length beyond the context": ({"max_length": 513}, "max_length=513", "at most 512"),
     "no dataset": ({"dataset_name": None}, "required", "--dataset_name"),
     "no model": ({"model_name_or_path": None}, "required", "--model_name_or_path"),
     # the subset
@@ -154,8 +155,8 @@ BAD = {
     "broken conversations": ({"dataset_name": "conversations.jsonl"}, "'conversations.jsonl'", "malformed", "'red'"),
     "no assistant": ({"dataset_name": "no_assistant.jsonl"}, "no assistant"),
     "nothing left to train on": ({"val_set_size": 24}, "val_set_size=24", "24 rows"),
-    "negative rows": ({"val_set_size": -1}, "val_set_size=-1 is not valid: a number or a share"),
-    "a row and a half": ({"val_set_size": 1.5}, "val_set_size=1.5 is not valid: a number or a share"),
+    "negative rows": ({"val_set_size": -1}, "val_set_size=-1 is not valid: a whole number of rows, or a share"),
+    "a row and a half": ({"val_set_size": 1.5}, "val_set_size=1.5 is not valid: a whole number of rows, or a share"),
     "a weight decay below zero": ({"weight_decay": -0.1}, "weight_decay=-0.1 is not valid"),
     "a coupled weight decay": (
         {"weight_decay": 0.1, "optim_args": "decoupled_weight_decay=false"},
@@ -172,8 +173,11 @@ BAD = {
     ),
     "no steps": ({"max_steps": 0}, "max_steps=0 is not valid"),
     "no epochs": ({"max_steps": -1, "num_train_epochs": 0}, "num_train_epochs=0"),
-    "rows that are no number": ({"val_set_size": "nan"}, "val_set_size=nan is not valid: a number or a share"),
-    "rows without end": ({"val_set_size": "inf"}, "val_set_size=inf is not valid: a number or a share"),
+    "rows that are no number": (
+        {"val_set_size": "nan"},
+        "val_set_size=nan is not valid: a whole number of rows, or a share",
+    ),
+    "rows without end": ({"val_set_size": "inf"}, "val_set_size=inf is not valid: a whole number of rows, or a share"),
     "evaluation of nothing": ({"eval_strategy": "steps"}, "eval_strategy='steps'", "--val_set_size"),
     "all labels masked": ({"max_length": 20}, "All labels are masked", "max_length=20"),
     # the rest

@@ -27,9 +27,10 @@ from to_finetune.cli import main
 from to_finetune.data.alpaca import CHAT_TEMPLATE
 from to_finetune.data.prompts import prompt_form, prompt_tokens
 from to_finetune.errors import UsageError
-from to_finetune.model import generate
+from to_finetune.model import generate, load_finetuned
 from to_finetune.model.generate import Decoding, answer, end_tokens, fitting
 from to_finetune.model.opened import OpenModel, open_model
+from to_finetune.model.run import find_run
 from to_finetune.model.terminal import chat
 
 from .helpers import LAYER_WEIGHTS, Run, assert_same_bits, write_jsonl
@@ -100,6 +101,26 @@ def test_a_run_answers_what_its_model_says_to_alpacas_prompt(run: Run, llama: Pa
     expected = greedy(tuned_by_hand(run, llama), tokens, 12)
     assert ask(opened) == opened.tokenizer.decode(expected, skip_special_tokens=True)
     assert expected != greedy(AutoModelForCausalLM.from_pretrained(llama), tokens, 12)
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_base_in_a_relative_folder_is_found_from_elsewhere(
+    finetune: Callable[..., Run], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapters: bool
+) -> None:
+    """Which has the form of a name on the hub."""
+    (tmp_path / "models").symlink_to(llama.parent)
+    monkeypatch.chdir(tmp_path)
+    what: dict[str, Any] = {"use_peft": True, "unfrozen_parameters": None} if adapters else {}
+    base = f"models/{llama.name}"
+    run = finetune(tmp_path / "run", model_name_or_path=base, max_steps=1, **what)
+    assert run.code == 0
+    here, _ = load_finetuned(run.folder)
+    monkeypatch.chdir("/")
+    there, _ = load_finetuned(run.folder)
+    assert_same_bits(dict(there.named_parameters()), dict(here.named_parameters()))
+    found = find_run(str(run.folder))
+    assert found is not None
+    assert found.base == str(tmp_path / base)
 
 
 def test_a_checkpoint_is_asked_as_its_run(run: Run) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from torch.distributed import ReduceOp
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 
 from to_finetune.errors import RunError, UsageError
@@ -118,6 +119,31 @@ def test_a_signal_does_not_cut_the_record_of_a_failed_run_short(finetune: Finetu
     assert run.code == 1
     assert "diverged" in run.record["error"]
     assert (run.folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("optim", ["diagonal_to", "adamw_torch"])
+def test_a_longer_run_goes_on_at_its_own_schedules_rates(finetune: Finetune, tmp_path: Path, optim: str) -> None:
+    """The first step too: a finished run has ended at a rate of zero."""
+    options: dict[str, Any] = {"optim": optim, "learning_rate": 0.01, "lr_scheduler_type": "linear", "seed": 3}
+    finetune(tmp_path / "run", max_steps=4, save_strategy="steps", save_steps=4, **options)
+    used = list[float]()
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+    longer = finetune(tmp_path / "run", max_steps=8, resume_from_checkpoint=True, **options)
+    hook.remove()
+    assert longer.trainer is not None
+    logged = [row["learning_rate"] for row in longer.trainer.state.log_history if "learning_rate" in row][4:]
+    assert used[-4:] == logged == pytest.approx([0.01 * (8 - step) / 8 for step in range(4, 8)])
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_run_that_failed_before_it_saved_anything_leaves_its_folder_free(
+    finetune: Finetune, tmp_path: Path, saved: bool
+) -> None:
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1} if saved else {}
+    with mock.patch("to_finetune.finetune.finish", side_effect=RunError("a disk is full")):
+        assert finetune(tmp_path / "run", **options).code == 1
+    again = finetune(tmp_path / "run")
+    assert (again.code, again.record["status"]) == ((2, "failed") if saved else (0, "done"))
 
 
 def test_the_time_before_a_resume_counts(finetune: Finetune, tmp_path: Path) -> None:

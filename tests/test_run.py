@@ -168,6 +168,11 @@ def test_the_picture_shows_the_logged_losses(finetune: Callable[..., Run], tmp_p
     assert (training.get_label(), figure.axes[0].get_xlabel()) == ("diagonal_to", "step")
 
 
+def test_rows_are_cut_to_the_models_context(run: Run) -> None:
+    """Unless a length is given: the default is TRL's 1,024 tokens, for which this model has no positions."""
+    assert yaml.safe_load((run.folder / "config.yaml").read_text())["max_length"] == 512
+
+
 def test_nothing_half_written_stays(run: Run) -> None:
     assert not list(run.folder.rglob("*.partial"))
 

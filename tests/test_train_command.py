@@ -18,6 +18,7 @@ from to_finetune.training.launch import launch
 from .helpers import flags
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "accelerate"
+ZERO2 = CONFIGS.parent / "deepspeed" / "zero2.json"
 RUN = ["-m", "to_finetune.finetune"]
 PLAIN = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
@@ -102,6 +103,18 @@ def test_what_is_launched(
     assert main(["train", *given, *words]) == 0
     assert launches.commands == [[*launcher, *RUN, *words]]
     assert capsys.readouterr().out == f"$ {shlex.join(launches.commands[0])}\n"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "given"), [(0, ["--deepspeed", str(ZERO2)]), (1, ["--deepspeed", str(ZERO2)]), (4, ["--fsdp", "true"])]
+)
+def test_what_shards_is_launched_in_a_process_group(
+    gpus: int, given: list[str], launches: Launches, with_gpus: Callable[[int], None], words: list[str]
+) -> None:
+    with_gpus(gpus)
+    assert main(["train", *words, *given]) == 0
+    launcher = ["torchrun", "--standalone", "--nproc_per_node", str(max(gpus, 1))]
+    assert launches.commands == [[*launcher, *RUN, *words, *given]]
 
 
 def test_a_token_is_not_shown(

@@ -13,6 +13,8 @@ __all__ = ["DiagonalTO", "FullTO", "RankOneTO", "__version__"]
 
 # On some CPUs bitsandbytes warns, as soon as peft imports it, that a kernel for inference is not installed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# Without a GPU, DeepSpeed warns of that as soon as it is imported, whoever imports it and whether it is used or not.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def __getattr__(name: str) -> Any:

@@ -41,7 +41,7 @@ from to_finetune.training.flags import check_flags, check_rows, without_effect
 from to_finetune.training.layout import check_processes
 from to_finetune.training.memory import RunMemory
 from to_finetune.training.parser import parse_arguments
-from to_finetune.training.prepare import data_report, prepare_data, prepare_model, prepare_trainer, settle_learning_rate
+from to_finetune.training.prepare import data_report, prepare_data, prepare_model, prepare_trainer, settle
 from to_finetune.training.proofs import check_saved
 from to_finetune.training.recipe import resolved_config
 from to_finetune.training.record import RunRecord, resume_point, summarise
@@ -145,7 +145,7 @@ def check(
     check_processes(args.world_size)
     if args.push_to_hub:
         check_push(args.hub_model_id or Path(args.output_dir).name, args.hub_token)
-    settle_learning_rate(model_args, args)
+    settle(model_args, args)
     check_flags(args)
     resume = resume_point(args.resume_from_checkpoint, args.output_dir)
     rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

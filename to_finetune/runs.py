@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -37,6 +38,15 @@ def step_of(checkpoint: str | Path) -> int:
     """Return the step of a checkpoint from its folder's name; 0 if the name has none."""
     number = Path(checkpoint).name.rpartition("-")[2]
     return int(number) if number.isdecimal() else 0
+
+
+def located(base: str, folder: str | os.PathLike[str]) -> str:
+    """Return the name under which the base of the run in `folder` is found from here: its own, or its folder's path."""
+    if Path(base).is_dir():
+        return base
+    place = Path(folder).resolve()
+    home = place.parent if place.name.startswith(CHECKPOINT) else place
+    return str((read(home / RECORD, mapping) or {}).get("base_folder", base))
 
 
 def read(path: Path, check: Callable[[Any], T]) -> T | None:

@@ -23,10 +23,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model_name_or_path", required=True, metavar="MODEL", help="a folder or a hub name")
     ways = parser.add_argument_group("what trains")
-    ways.add_argument("--last_layers", type=int, metavar="N", help="the last so many decoder layers")
-    ways.add_argument("--modules", nargs="+", metavar="NAME", help="modules by name: q_proj v_proj; in the last layers")
+    ways.add_argument(
+        "--last_layers", "--unfrozen_last_layers", type=int, metavar="N", help="the last so many decoder layers"
+    )
+    ways.add_argument(
+        "--modules",
+        "--unfrozen_modules",
+        nargs="+",
+        metavar="NAME",
+        help="modules by name: q_proj v_proj; in the last layers",
+    )
     ways.add_argument("--snr", type=float, metavar="SHARE", help="the best share of matrices, by signal-to-noise ratio")
-    ways.add_argument("--parameters", nargs="+", metavar="REGEX", help="regular expressions, or a .yaml file of them")
+    ways.add_argument(
+        "--parameters",
+        "--unfrozen_parameters",
+        nargs="+",
+        metavar="REGEX",
+        help="regular expressions, or a .yaml file of them",
+    )
     parser.add_argument("--output_file", metavar="FILE.yaml", help="write the choice here")
     parser.add_argument("--picture", metavar="FILE.png", help="draw it here (or .svg, .pdf)")
 

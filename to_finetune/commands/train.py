@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     model_args, _, args = parse_arguments(arguments.flags, ArgumentsElsewhere, vars(arguments))
     check_base(model_args, args)
     gpus = 0 if args.use_cpu else torch.accelerator.device_count()
-    command = command_for(arguments.flags, arguments.num_processes, arguments.accelerate_config, gpus)
+    shards = bool(args.deepspeed or args.fsdp)
+    command = command_for(arguments.flags, arguments.num_processes, arguments.accelerate_config, gpus, shards)
     Console(soft_wrap=True).print(Text(f"$ {shlex.join(without_secrets(command))}", "dim"))
     os.environ.clear()
     os.environ.update(environment)  # Hugging Face sets variables for some flags

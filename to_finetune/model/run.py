@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from to_finetune.errors import UsageError
 from to_finetune.model.quantized import Quantization
 from to_finetune.model.trained import TRAINED_WEIGHTS_NAME
-from to_finetune.runs import CHECKPOINT, CONFIG, RECORD, STATE, mapping, read
+from to_finetune.runs import CHECKPOINT, CONFIG, RECORD, STATE, located, mapping, read
 
 # What was trained -> the file that shows it; the first file found decides.
 PARTS = {"subset": TRAINED_WEIGHTS_NAME, "adapter": "adapter_config.json", "whole": "config.json"}
@@ -25,8 +25,9 @@ class FinetunedRun(NamedTuple):
 
     @property
     def base(self) -> str | None:
-        """The model that the run began from, if config.yaml names it."""
-        return self.config.get("model_name_or_path")
+        """The model that the run began from, as it is found from here, if config.yaml names it."""
+        name = self.config.get("model_name_or_path")
+        return None if name is None else located(name, self.folder)
 
     @property
     def quantization(self) -> Quantization | None:

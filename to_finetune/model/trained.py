@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from to_finetune.errors import RunError, UsageError
 from to_finetune.files import whole
 from to_finetune.optim.checkpoint import bare, named
+from to_finetune.runs import located
 
 TRAINED_WEIGHTS_NAME = "trained.safetensors"
 
@@ -157,9 +158,9 @@ def read_trained(folder: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Bas
         base = (metadata or {}).get("base_model_name_or_path")
         if base is None:
             raise UsageError(f"{path} does not say which base model it belongs to: it is not of a run.")
-        return tensors, Base(base, metadata.get("base_model_revision"))
+        return tensors, Base(located(base, folder), metadata.get("base_model_revision"))
     config = adapter_config(folder)
-    return tensors, Base(str(config.base_model_name_or_path), config.revision)
+    return tensors, Base(located(str(config.base_model_name_or_path), folder), config.revision)
 
 
 def adapter_config(folder: str | os.PathLike[str]) -> PeftConfig:

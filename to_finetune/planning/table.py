@@ -48,7 +48,10 @@ def plan_table(plan: Plan) -> Table:
 
 def plan_line(plan: Plan) -> Text:
     """Summarise the same in one line."""
-    parts = ", ".join(f"{name} {format_size(size)}" for name, size in plan.parts().items() if size > 0.005 * plan.total)
+    shown = {name: size for name, size in plan.parts().items() if size > 0.005 * plan.total}
+    if (rest := plan.total - sum(shown.values())) > 0:
+        shown["rest"] = rest
+    parts = ", ".join(f"{name} {format_size(size)}" for name, size in shown.items())
     work = plan.settings.work
     text = Text("Memory of each ").append(_unit(plan)).append(", planned: ").append(format_size(plan.total), "bold")
     return text.append(f", if every row has {work.length} tokens ({parts})")
@@ -84,6 +87,8 @@ def speed_text(speed: Speed, plan: Plan, gpu: str) -> Text:
         text.append(duration(speed.seconds), "bold")
         if speed.cost is not None:
             text.append(" and cost ").append(f"{speed.cost:,.2f}", "bold")
+    else:
+        text.append("; with --max_steps also the time and its cost")
     assumed = f"at {UTILISATION:.0%} of what the data sheet says, padding included"
     return text.append(f" ({assumed})", "dim")
 

@@ -141,7 +141,7 @@ class DataArguments:
     def __post_init__(self) -> None:
         size = self.val_set_size
         if not 0 <= size < math.inf or (size > 1 and size != int(size)):
-            raise UsageError(f"val_set_size={size:g} is not valid: a number or a share of the rows.")
+            raise UsageError(f"val_set_size={size:g} is not valid: a whole number of rows, or a share below 1.")
 
 
 @dataclass

@@ -23,7 +23,9 @@ from to_finetune.errors import UsageError, at_least_one
 from to_finetune.signals import on_stop
 
 
-def command_for(flags: Sequence[str], processes: int | None, config: str | None, gpus: int) -> list[str]:
+def command_for(
+    flags: Sequence[str], processes: int | None, config: str | None, gpus: int, shards: bool = False
+) -> list[str]:
     """Return the command that starts a run.
 
     Args:
@@ -31,6 +33,7 @@ def command_for(flags: Sequence[str], processes: int | None, config: str | None,
         processes: None for one per GPU, or one on the CPU.
         config: a configuration file of accelerate's, or None.
         gpus: the number of GPUs to use; 0 for the CPU.
+        shards: whether the flags ask for DeepSpeed or FSDP, which need a launcher for one process too.
 
     Raises:
         UsageError: for an invalid number of processes, and a file that is not a configuration of accelerate's.
@@ -46,7 +49,7 @@ def command_for(flags: Sequence[str], processes: int | None, config: str | None,
     if config is not None:
         how_many = [] if machines > 1 and processes is None else ["--num_processes", str(count)]
         return ["accelerate", "launch", "--config_file", config, *how_many, *run]
-    if count > 1 and not gpus:  # accelerate would silently start one
+    if shards or (count > 1 and not gpus):  # accelerate would silently start one
         return ["torchrun", "--standalone", "--nproc_per_node", str(count), *run]
     if count > 1:
         plain = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # else it warns

@@ -62,6 +62,8 @@ def parse_arguments(
             config["warmup_steps"] = config.pop("warmup_ratio")
     _check_names(config, argv, types, parser, beside)
     config = {key.replace("-", "_"): value for key, value in config.items()}
+    if any(word.startswith(("--unfrozen_", "--unfrozen-")) for word in argv):  # say all of what trains
+        config = {key: value for key, value in config.items() if not key.startswith("unfrozen_")}
     _check_given(config, types)
     structured = {key: value for key, value in config.items() if _has_structure(value, types[key])}
     # All others go in front of the flags, as if typed there, so that their types and choices are checked as well.

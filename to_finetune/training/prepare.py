@@ -60,15 +60,23 @@ def prepare_model(model_args: ModelArguments, args: FinetuneArguments, is_traine
     return model, subset
 
 
-def settle_learning_rate(model_args: ModelArguments, args: FinetuneArguments) -> None:
-    """Set a TO's rate for this model and what trains in it, unless a rate was given.
+def settle(model_args: ModelArguments, args: FinetuneArguments) -> None:
+    """Set what was not given and depends on the model: a TO's rate for what trains, and the length of its context.
 
     Raises:
-        UsageError: as `prepare_model`, even if a rate was given.
+        UsageError: as `prepare_model`, even if all was given; and for a `max_length` beyond the context.
     """
     skeleton, *_ = _without_weights(model_args, args)
     if args.learning_rate is None:
         args.learning_rate = recommended_learning_rate(skeleton)
+    context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    if context and args.max_length is not None and args.max_length > context:
+        if args.max_length != FinetuneArguments.max_length:
+            raise UsageError(
+                f"max_length={args.max_length} is not valid: at most {context}, the model's context "
+                "(max_position_embeddings in its config.json)."
+            )
+        args.max_length = context
 
 
 def _without_weights(

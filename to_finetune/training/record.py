@@ -18,7 +18,7 @@ import yaml
 from to_finetune.errors import UsageError
 from to_finetune.files import check_place, write_json, write_whole
 from to_finetune.machine import machine
-from to_finetune.runs import CONFIG, RECORD, last_checkpoint, mapping, read, step_of
+from to_finetune.runs import CHECKPOINT, CONFIG, RECORD, last_checkpoint, mapping, read, step_of
 from to_finetune.training.recipe import without_secrets
 
 MUST_AGREE = (
@@ -90,6 +90,11 @@ class RunRecord:
             "rows_a_step": rows_a_step,
             **machine(),
         }
+        base = config.get("model_name_or_path")
+        if (
+            base and Path(base).is_dir()
+        ):  # a run that is read from elsewhere would take a relative path for a name on the hub
+            self.values["base_folder"] = os.path.abspath(base)
         self.config = config
 
     def check_folder(self, resume: str | None) -> None:
@@ -103,7 +108,7 @@ class RunRecord:
         check_place("output_dir", self.folder / RECORD)
         resumed = self.folder if resume is None else Path(resume).resolve().parent
         is_another = resume is None or resumed != self.folder.resolve()
-        if is_another and (self.folder / RECORD).exists() and not was_restarted():
+        if is_another and self._holds_a_run() and not was_restarted():
             last = last_checkpoint(self.folder)
             go_on = ", or continue that run with --resume_from_checkpoint true" if last else ""
             raise UsageError(f"output_dir={str(self.folder)!r} holds another run. Choose a new folder{go_on}.")
@@ -131,6 +136,14 @@ class RunRecord:
                     f"resume_from_checkpoint: the run in {str(resumed)!r} had {', '.join(differing)}. Resume with the "
                     "same settings, or start a new run."
                 )
+
+    def _holds_a_run(self) -> bool:
+        """Whether the folder holds a run that did not fail before it saved anything."""
+        if not (self.folder / RECORD).exists():
+            return False
+        before = read(self.folder / RECORD, mapping) or {}
+        saved = [*self.folder.glob("*.safetensors"), *self.folder.glob(f"{CHECKPOINT}*")]
+        return before.get("status") != "failed" or bool(saved)
 
     def begin(self) -> None:
         """Write config.yaml and run.json."""

@@ -21,7 +21,7 @@ from to_finetune.errors import RunError, UsageError, at_least_one
 from to_finetune.files import check_place, write_json
 from to_finetune.training.arguments import ArgumentsElsewhere, DataArguments, FinetuneArguments, ModelArguments
 from to_finetune.training.parser import parse_arguments
-from to_finetune.training.prepare import settle_learning_rate
+from to_finetune.training.prepare import settle
 from to_finetune.training.recipe import resolved_config, without_secrets
 from to_finetune.training.search import (
     Space,
@@ -220,7 +220,7 @@ def sweep(
     args = base[2]
     at_least_one(trials=trials)
     _check_seeds(seeds)
-    settle_learning_rate(base[0], args)
+    settle(base[0], args)
     texts = search_texts(search, args)
     space = {key: distribution(key, text, args) for key, text in texts.items()}
     _check_values(space, flags, args)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.training_args import OptimizerNames
@@ -228,6 +229,20 @@ class TrainableOptimizerMixin(_Base):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self._load_optimizer_states(checkpoint)
+        schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate's has it inside
+        if checkpoint is None or self.optimizer is None or schedule is None:
+            return
+        rates = schedule.get_last_lr()
+        if isinstance(schedule, LambdaLR):  # which another number of steps has changed
+            rates = [
+                rate * f(schedule.last_epoch) for rate, f in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            ]
+        for group, rate in zip(unwrapped(self.optimizer).param_groups, rates, strict=False):
+            group["lr"] = rate
+        schedule._last_lr = rates  # which is logged
+
+    def _load_optimizer_states(self, checkpoint: str | None) -> None:
         state = os.path.join(str(checkpoint), STATE_NAME)
         optimizer = self._by_name()
         is_ours = os.path.isdir(state)
@@ -245,8 +260,6 @@ class TrainableOptimizerMixin(_Base):
         except (RuntimeError, OSError, CheckpointException, UnpicklingError) as error:
             reason = shorten(str(error), 300)
             raise RunError(f"{checkpoint} cannot be resumed from, it is damaged or another run's: {reason}") from error
-        for group, lr in zip(optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
-            group["lr"] = lr
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
