@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from to_finetune import DiagonalTO
 from to_finetune.cli import VERBS, main
 from to_finetune.finetune import main as finetune
-from to_finetune.training.proofs import unwrapped
+from to_finetune.training.optimizers import unwrapped
 
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "scripts" / "benchmarks"

@@ -38,8 +38,8 @@ from to_finetune.optim.slopes import QUANTILES, SAMPLE, _sample, slopes
 from to_finetune.optim.state import read
 from to_finetune.report.charts import Box, Series, boxes, curves, number
 from to_finetune.report.maps import slopes_view, subset_grid
-from to_finetune.report.page import _data, read_run, write_report
-from to_finetune.report.run import Slopes, TensorSlope
+from to_finetune.report.page import _data, write_report
+from to_finetune.report.run import Slopes, TensorSlope, read_run
 from to_finetune.training.callbacks import StopOnNonFinite
 from to_finetune.training.traces import NEW_TOKENS, SampleAnswers, SlopeTrace, _prompts, write_parameters
 

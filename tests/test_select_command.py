@@ -137,7 +137,7 @@ def test_is_refused_in_one_sentence_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--last_layers", "two"], "argument --last_layers: invalid int value: 'two'"),
+        (["--last_layers", "two"], "invalid int value: 'two'"),
         (["--last_layer", "1"], "unknown '--last_layer'. Did you mean '--last_layers'"),
         (["--last_layers", "1", "stray"], "unknown 'stray'."),
     ],

@@ -69,7 +69,7 @@ def test_a_line_that_was_not_written_to_its_end_is_dropped(tmp_path: Path, monke
     import study
 
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    monkeypatch.setattr(study.base_models, "made", lambda model, data_dir: tmp_path)
+    monkeypatch.setattr(study.base_models, "make", lambda model, data_dir: tmp_path)
     study.Runs("1M/qv", tmp_path, results=tmp_path)
     path = tmp_path / "1M-qv.jsonl"
     run = json.dumps({"method": "adamw", "lr": 0.1, "seed": 0, "alpaca": 2.0}) + "\n"

@@ -30,8 +30,7 @@ from to_finetune.model import select_trainable
 from to_finetune.report.sweep import _top, findings, sweep_table
 from to_finetune.training import TOTrainer, TOTrainingArguments
 from to_finetune.training import trial as trial_module
-from to_finetune.training.optimizers import recommended_learning_rate
-from to_finetune.training.proofs import unwrapped
+from to_finetune.training.optimizers import recommended_learning_rate, unwrapped
 from to_finetune.training.sweep import Sweep, _ended, sweep
 
 from .helpers import flags
@@ -378,7 +377,7 @@ def test_a_trial_that_failed_begins_in_an_empty_folder(tmp_path: Path, monkeypat
     (tmp_path / "trial").mkdir()
     (tmp_path / "trial" / "run.json").write_text('{"status": "failed"}')
     monkeypatch.setattr(trial_module, "finetune", finetune)
-    assert trial_module.trained(tmp_path / "trial", [], print) == {}
+    assert trial_module.train(tmp_path / "trial", [], print) == {}
     assert found == []
 
 
@@ -604,7 +603,7 @@ def test_without_optuna_it_says_what_to_install(
         monkeypatch.delitem(sys.modules, f"to_finetune.{name}")
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert main(["sweep", *words, "--output_dir", str(tmp_path / "sweep")]) == 2
-    assert capsys.readouterr().err == 'error: A sweep needs Optuna: pip install "to-finetune[sweep]"\n'
+    assert capsys.readouterr().err == 'error: sweep needs optuna: pip install "to-finetune[sweep]"\n'
 
 
 # Hugging Face's own search

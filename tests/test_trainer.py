@@ -31,8 +31,13 @@ from to_finetune.optim import DiagonalTO, FullTO, RankOneTO
 from to_finetune.training import FinetuneArguments, TOTrainer, TOTrainingArguments
 from to_finetune.training.arguments import TrainableOptimizerArguments
 from to_finetune.training.layout import check_layout
-from to_finetune.training.optimizers import ADAPTER_RATE, RATE, RECOMMENDED_OPTIONS, recommended_learning_rate
-from to_finetune.training.proofs import unwrapped
+from to_finetune.training.optimizers import (
+    ADAPTER_RATE,
+    RATE,
+    RECOMMENDED_OPTIONS,
+    recommended_learning_rate,
+    unwrapped,
+)
 
 from .helpers import Run, assert_same_bits
 

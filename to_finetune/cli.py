@@ -45,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if str(error.name).startswith("to_finetune"):
             raise
-        extra = "paper" if argv[0] == "reproduce" else "hf"
-        print(f'error: {argv[0]} needs {error.name}: pip install "to-finetune[{extra}]"', file=sys.stderr)
+        package = str(error.name).partition(".")[0]
+        extra = "sweep" if package == "optuna" else "paper" if argv[0] == "reproduce" else "hf"
+        print(f'error: {argv[0]} needs {package}: pip install "to-finetune[{extra}]"', file=sys.stderr)
         return 2
     except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)

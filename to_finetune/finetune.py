@@ -23,10 +23,11 @@ from transformers import PrinterCallback, ProgressCallback
 from to_finetune.data import check_labels, preview
 from to_finetune.data.prompts import prompt_form
 from to_finetune.errors import RunError, UsageError
+from to_finetune.model.trained import TRAINED_WEIGHTS_NAME
 from to_finetune.report.page import write_report
 from to_finetune.report.plot import plot_losses
 from to_finetune.report.push import check_push, push
-from to_finetune.runs import CONFIG, RECORD, last_checkpoint, step_of
+from to_finetune.runs import CONFIG, LOSS_CURVE, RECORD, REPORT, last_checkpoint, step_of
 from to_finetune.signals import signal_of, sigterm_interrupts
 from to_finetune.training.arguments import DataArguments, FinetuneArguments, ModelArguments
 from to_finetune.training.callbacks import (
@@ -196,8 +197,8 @@ def conclude(trainer: TOSFTTrainer, record: RunRecord, **outcome: Any) -> None:
     trainer.save_state()
     results = {**outcome.pop("results", summarise(history)), "processes": trainer.args.world_size}
     record.update(results=results, proofs=trainer.engagement.proofs, **outcome)
-    plot_losses({trainer.args.optim: history}, record.folder / "loss.png", title=str(record.folder))
-    write_report([record.folder], record.folder / "report.html")
+    plot_losses({trainer.args.optim: history}, record.folder / LOSS_CURVE, title=str(record.folder))
+    write_report([record.folder], record.folder / REPORT)
 
 
 def interrupted(trainer: TOSFTTrainer, record: RunRecord, signals: SaveOnSignal, console: Console) -> int:
@@ -220,8 +221,8 @@ def summary(results: dict[str, Any], record: RunRecord) -> Table:
             table.add_row(name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
     if still := record.values.get("proofs", {}).get("never_moved"):
         table.add_row("never moved", Text(f"{len(still)} trained tensors, {still[0]} first", "yellow"))
-    weights = ("trained.safetensors", "adapter_model.safetensors")
-    for file in (*weights, RECORD, CONFIG, "loss.png", "report.html"):
+    weights = (TRAINED_WEIGHTS_NAME, "adapter_model.safetensors")
+    for file in (*weights, RECORD, CONFIG, LOSS_CURVE, REPORT):
         if (record.folder / file).exists():
             table.add_row(file.split(".")[0], Text(str(record.folder / file)))
     return table

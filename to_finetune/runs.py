@@ -13,7 +13,8 @@ import yaml
 
 from to_finetune.errors import UsageError
 
-RECORD, CONFIG = "run.json", "config.yaml"
+RECORD, CONFIG, REPORT, LOSS_CURVE = "run.json", "config.yaml", "report.html", "loss.png"
+PARAMETERS, SLOPES, SAMPLES = "parameters.json", "slopes.json", "samples.json"  # what the report shows besides
 STATE, CHECKPOINT = "trainer_state.json", "checkpoint-"  # as Hugging Face calls them
 _WHAT_TRAINS = ("unfrozen_", "use_peft", "lora_", "load_in_")  # prefixes of these settings
 T = TypeVar("T")

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=SIZES, default=["1M", "5M"])
     arguments = parser.parse_args()
     for name in arguments.models:
-        print(name, made(name, arguments.data_dir))
+        print(name, make(name, arguments.data_dir))
 
 
 def check_data(folder: Path, *needed: str) -> None:
@@ -55,7 +55,7 @@ def check_data(folder: Path, *needed: str) -> None:
         raise SystemExit(f"error: {folder} has no {', '.join(missing)}.")
 
 
-def made(name: str, data_dir: Path) -> Path:
+def make(name: str, data_dir: Path) -> Path:
     """Return the folder of a base model, pretrained first if it does not exist."""
     if name == "stories260k":
         return data_dir / name

@@ -36,9 +36,9 @@ from to_finetune.errors import RunError
 from to_finetune.files import write_whole
 from to_finetune.machine import machine
 from to_finetune.training.callbacks import StopOnNonFinite
+from to_finetune.training.optimizers import unwrapped
 from to_finetune.training.parser import parse_arguments
 from to_finetune.training.prepare import prepare_data, prepare_model, prepare_trainer
-from to_finetune.training.proofs import unwrapped
 from to_finetune.training.sft import TOSFTTrainer
 
 RESULTS = Path(__file__).parent / "results"
@@ -190,7 +190,7 @@ class Runs:
     def __init__(self, cell: str, data_dir: Path, results: Path) -> None:
         self.cell, self.data_dir = cell, data_dir
         self.model, self.part = cell.split("/")
-        self.base = base_models.made(self.model, data_dir)
+        self.base = base_models.make(self.model, data_dir)
         self.protocol = " ".join(PROTOCOL.split())
         if cell == ON_GPU:
             self.protocol = self.protocol.replace("--use_cpu true", "--bf16 true")
@@ -237,7 +237,7 @@ def train(protocol: str, base: Path, data_dir: Path, method: Method, lr: float |
         options = [] if lr is None else ["--learning_rate", str(lr)]
         if method.options and method.optim != "idea":
             options += ["--optim_args", method.options]
-        trainer = prepared([*flags.split(), *options], data_dir)
+        trainer = prepare([*flags.split(), *options], data_dir)
         if method.optim in ("muon", "idea"):
             trainer.optimizer = named(method, trainer.model, trainer.args.learning_rate)
             trainer.engagement.expected = type(trainer.optimizer)
@@ -269,7 +269,7 @@ def named(method: Method, model: nn.Module, lr: float) -> Optimizer:
     return IdeaTO((p for p in model.parameters() if p.requires_grad), lr, **json.loads(method.options))
 
 
-def prepared(flags: Sequence[str], data_dir: Path) -> TOSFTTrainer:
+def prepare(flags: Sequence[str], data_dir: Path) -> TOSFTTrainer:
     """Build the trainer of a run, with two held-out sets: Alpaca's own and the user-oriented instructions."""
     model_args, data_args, args = parse_arguments(flags)
     tokenizer, rows, held_out = prepare_data(model_args, data_args, args)

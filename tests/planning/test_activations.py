@@ -12,8 +12,8 @@ import torch
 from to_finetune.planning import Blueprint, Lora, Settings, Workload, plan
 from to_finetune.planning.dry_run import dry_run
 from to_finetune.planning.state import state_bytes
+from to_finetune.training.optimizers import unwrapped
 from to_finetune.training.plan import parse_for_plan, settings_of
-from to_finetune.training.proofs import unwrapped
 
 from ..helpers import flags
 from .measured import (

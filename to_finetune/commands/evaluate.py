@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from contextlib import redirect_stdout
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from to_finetune.errors import UsageError, at_least_one
@@ -116,18 +117,14 @@ def _tasks(arguments: argparse.Namespace) -> tuple[dict[str, Any], RenderableTyp
         raise UsageError(f"--tasks brings its own data and prompts: it does not go with {other}.")
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     opened = open_model(arguments.model, choose_device(), dtype, with_base=arguments.compare)
-    measured = {}
-    if arguments.compare:
-        with opened.as_base():
-            measured["base"] = evaluate_tasks(opened, tasks, arguments.batch_size, arguments.max_length)
-    measured["tuned" if arguments.compare else "model"] = evaluate_tasks(
-        opened, tasks, arguments.batch_size, arguments.max_length
-    )
-    *base, (_, tuned) = measured.items()
-    values: dict[str, Any] = {"tasks": tuned}
-    if base:
-        values["base"] = base[0][1]
-    return values, task_table(measured)
+    measure = partial(evaluate_tasks, opened, tasks, arguments.batch_size, arguments.max_length)
+    if not arguments.compare:
+        model = measure()
+        return {"tasks": model}, task_table({"model": model})
+    with opened.as_base():
+        base = measure()
+    tuned = measure()
+    return {"tasks": tuned, "base": base}, task_table({"base": base, "tuned": tuned})
 
 
 def task_table(measured: dict[str, dict[str, dict[str, float]]]) -> RenderableType:

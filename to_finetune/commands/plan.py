@@ -120,12 +120,12 @@ def show(answer: Answer, console: Console) -> None:
         console.print("Not even the last layer fits with these flags.")
     else:
         console.print(plan_table(answer.plan))
-    if answer.picked:
-        flags = " ".join(answer.picked.changes)
-        said = ("As many last layers as fit: ", (flags, "bold")) if flags else ("All weights fit.",)
-        console.print(Text.assemble(*said), soft_wrap=True)
-    if answer.budget is not None and answer.fit == bool(answer.picked):
-        console.print(verdict(answer.plan, answer.budget))
+        if answer.picked:
+            flags = " ".join(answer.picked.changes)
+            said = ("As many last layers as fit: ", (flags, "bold")) if flags else ("All weights fit.",)
+            console.print(Text.assemble(*said), soft_wrap=True)
+        if answer.budget is not None:
+            console.print(verdict(answer.plan, answer.budget))
     if answer.proposals is not None:
         console.print(proposals_text(answer.proposals), soft_wrap=True)
     if answer.speed and answer.gpu:

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Prepare the data exactly as a run with the same flags does, and show what it would see and learn. Of the "
         "model only the tokenizer is loaded."
     )
-    parser.usage = "to-finetune preview [--rows ROWS] FLAGS_OF_FINETUNE"
+    parser.usage = "to-finetune preview [--rows ROWS] FLAGS_OF_A_RUN"
     parser.add_argument("--rows", type=int, default=3, help="examples to show, spread over the data (%(default)s)")
 
 
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     with TemporaryDirectory(prefix="to-finetune-preview-") as folder:
         # Nothing is trained, so nothing may be written where a run would be.
         flags = [*arguments.flags, "--output_dir", folder, "--report_to", "none"]
-        model_args, data_args, args = parse_arguments(flags, beside=vars(arguments))
+        model_args, data_args, args = parse_arguments(flags, other_flags=vars(arguments))
         trainer = prepare_preview(model_args, data_args, args)
         check_labels(trainer.train_dataset, args.max_length)
         tokenizer: Any = trainer.processing_class

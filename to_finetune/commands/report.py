@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from to_finetune.runs import REPORT
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Write the page of a run again, or one that compares several; the first is the baseline."
@@ -23,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     from to_finetune.report.page import write_report
 
     first = arguments.runs[0]
-    default = first / "report.html" if len(arguments.runs) == 1 else first.resolve().parent / "comparison.html"
+    default = first / REPORT if len(arguments.runs) == 1 else first.resolve().parent / "comparison.html"
     page = arguments.output_file or default
     write_report(arguments.runs, page)
     Console(soft_wrap=True).print(f"{page} is the page.", markup=False, highlight=False)

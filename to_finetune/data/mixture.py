@@ -95,8 +95,6 @@ def hold_out(sets: Sequence[Rows], val_set_size: float, weights: Sequence[float]
     Raises:
         UsageError: for an invalid number, or one that leaves nothing to train on.
     """
-    if not math.isfinite(val_set_size):
-        raise UsageError(f"val_set_size={val_set_size:g} is not valid: a whole number of rows, or a share below 1.")
     if not isinstance(sets[0], Dataset):
         if val_set_size < 1:
             raise UsageError(f"val_set_size={val_set_size:g}: a stream's length is not known; give a number of rows.")

@@ -176,6 +176,26 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def whole_parameter(p: Tensor) -> Tensor:
+    """Return all of a parameter that FSDP2 or ZeRO-3 may have sharded; all processes must call it.
+
+    Of a weight that trains under ZeRO, these are DeepSpeed's 32-bit master weights.
+    """
+    if isinstance(p, DTensor):
+        return p.full_tensor().detach()
+    if p.requires_grad and (hasattr(p, "_hp_mapping") or hasattr(p, "ds_id")):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if (whole := safe_get_full_fp32_param(p)) is not None:
+            return whole.detach().clone()
+    if hasattr(p, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([p]):
+            return p.detach().clone()
+    return p.detach()
+
+
 def refresh_model(model: Any, members: Sequence[Member]) -> None:
     """Copy DeepSpeed's partitions, after a change from outside, into the model's weights on all processes."""
     if not any(member.is_flat for member in members):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from to_finetune import runs
 from to_finetune.errors import UsageError
 from to_finetune.files import write_whole
 from to_finetune.pages import template
@@ -40,13 +40,15 @@ def render(folder: Path) -> list[Path]:
 
 
 def read(path: Path, check: Callable[[Any], Result]) -> Result | None:
-    if not path.exists():
-        return None
+    """Read a result through `check`; return None if there is none.
+
+    Raises:
+        UsageError: for a damaged one.
+    """
     try:
-        return check(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UsageError(f"{path} is damaged ({reason}): delete it and reproduce {path.stem} again.") from error
+        return runs.read(path, check)
+    except UsageError as error:
+        raise UsageError(f"{error} Delete it and reproduce {path.stem} again.") from None
 
 
 def checked(result: Any) -> Result:

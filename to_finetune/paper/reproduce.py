@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,9 @@ from rich.text import Text
 from to_finetune.errors import RunError, UsageError, did_you_mean
 from to_finetune.files import check_place, write_whole
 from to_finetune.machine import machine
-from to_finetune.paper import contest, llm, resnet, theory
+from to_finetune.paper import contest, llm, page, resnet, theory
 from to_finetune.paper.cases import CONVEX, FFN, FULL, QUICK, STRONGLY_CONVEX
 from to_finetune.paper.data import Classification, Images, load, load_cifar10
-from to_finetune.paper.page import render
 
 CASES = {case.name: case for case in (*STRONGLY_CONVEX, *CONVEX, *FFN)}
 JOBS = (*CASES, "resnet18", "resnet50", "llm", "theory")  # each writes a result file of its name
@@ -50,7 +50,7 @@ def reproduce(targets: Sequence[str], data_dir: str | None, output_dir: str, qui
     if failures and not list(folder.glob("*.json")):
         kind = next((type(error) for error in failures if isinstance(error, RunError)), UsageError)
         raise kind(" ".join(map(str, failures)))
-    written = render(folder)
+    written = page.render(folder)
     console.print(f"{len(written)} tables, figures and pages in {folder}; open {folder / 'index.html'}.")
     for error in failures:
         console.print(Text.assemble(("not done:", "yellow"), f" {error}"), soft_wrap=True)
@@ -114,7 +114,7 @@ def to_do(names: Sequence[str], folder: Path, quick: bool, device: str) -> tuple
     missing, failures = list[str](), list[Exception]()
     for name in names:
         path = folder / f"{name}.json"
-        found = protocol_of(path)
+        found = page.read(path, itemgetter("protocol"))
         if found is None:
             missing.append(name)
         elif found != json.loads(json.dumps(protocol(name, quick, device))):
@@ -122,20 +122,6 @@ def to_do(names: Sequence[str], folder: Path, quick: bool, device: str) -> tuple
                 UsageError(f"{path} was made by another protocol: move it away, or give another --output_dir.")
             )
     return missing, failures
-
-
-def protocol_of(path: Path) -> dict[str, Any] | None:
-    """Return the protocol of a result; None if there is no result.
-
-    Raises:
-        UsageError: if the result is damaged.
-    """
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["protocol"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise UsageError(f"{path} is damaged: delete it and reproduce {path.stem} again.") from error
 
 
 def run_all(names: list[str], run: Callable[..., None], console: Console) -> list[Exception]:

@@ -34,7 +34,7 @@ def model_card(
         merged: whether the repository holds the whole model instead of the trained part.
         picture: whether it holds a loss.png.
     """
-    names = [str(run.config.get("model_name_or_path", "another model")), *as_list(run.config.get("dataset_name", []))]
+    names = [str(run.base or "another model"), *as_list(run.config.get("dataset_name", []))]
     on_hub = [name for name in names if is_hub_name(name)]
     base, *data = without_paths(names)
     config = {"optim": "", **without_paths(run.config)}

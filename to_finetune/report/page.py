@@ -17,11 +17,9 @@ from to_finetune.pages import template
 from to_finetune.report.charts import Chart, Series, curves
 from to_finetune.report.maps import Grid, slopes_view, subset_grid
 from to_finetune.report.plot import COLOURS, series
-from to_finetune.report.run import RunData, read_run, read_runs
+from to_finetune.report.run import RunData, read_runs
 from to_finetune.runs import what_trains
 from to_finetune.units import duration, format_size
-
-__all__ = ["RunData", "read_run", "write_report"]
 
 # The same hues, light enough for a dark background.
 DARK_COLOURS = ("#56ace6", "#f2894b", "#35c49b", "#e59fc7", "#f0bd52", "#a9dcf7")

@@ -20,13 +20,14 @@ from safetensors.torch import safe_open, save_file
 from to_finetune.errors import RunError, UsageError
 from to_finetune.files import write_json
 from to_finetune.model.run import FinetunedRun, find_run
+from to_finetune.model.trained import TRAINED_WEIGHTS_NAME
 from to_finetune.report.card import model_card, public_recipe, without_paths
 from to_finetune.report.plot import plot_losses
-from to_finetune.runs import CONFIG, RECORD
+from to_finetune.runs import CONFIG, LOSS_CURVE, RECORD
 from to_finetune.training.record import summarise
 
 WEIGHTS = {  # by what was trained
-    "subset": ["trained.safetensors"],
+    "subset": [TRAINED_WEIGHTS_NAME],
     "adapter": ["adapter_model.safetensors", "adapter_config.json"],
     "whole": ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"],
 }
@@ -105,11 +106,11 @@ def write_folder(run: FinetunedRun, folder: Path, repo_id: str, merged: bool = F
             _link(path, folder / path.name)
     for path in _matching(folder, ["*config.json"]):
         _write_public_json(path)
-    if (folder / "trained.safetensors").exists():
-        _write_public_tensors(folder / "trained.safetensors")
+    if (folder / TRAINED_WEIGHTS_NAME).exists():
+        _write_public_tensors(folder / TRAINED_WEIGHTS_NAME)
     if run.history:
         label = run.config.get("optim", "training")
-        plot_losses({label: run.history}, folder / "loss.png", title=repo_id)
+        plot_losses({label: run.history}, folder / LOSS_CURVE, title=repo_id)
     is_end = (run.folder / RECORD).exists()
     results = run.record.get("results") if is_end else None
     card = model_card(run, results or summarise(run.history), repo_id, merged, picture=bool(run.history))

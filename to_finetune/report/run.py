@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 from to_finetune.errors import UsageError, did_you_mean
 from to_finetune.report.plot import series
-from to_finetune.runs import CONFIG, RECORD, STATE, last_checkpoint, mapping, read
+from to_finetune.runs import CONFIG, PARAMETERS, RECORD, SAMPLES, SLOPES, STATE, last_checkpoint, mapping, read
 
-OPTIMIZERS = {"diagonal_to": "Diagonal TO", "rank_one_to": "RankOne TO", "full_to": "Full TO", "adamw_torch": "AdamW"}
+TITLES = {"diagonal_to": "Diagonal TO", "rank_one_to": "RankOne TO", "full_to": "Full TO", "adamw_torch": "AdamW"}
 Row = dict[str, Any]
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class RunData:
     @property
     def optimizer(self) -> str:
         name = str(self.config.get("optim", "unknown optimizer"))
-        return OPTIMIZERS.get(name, name)
+        return TITLES.get(name, name)
 
     @property
     def options(self) -> Row:
@@ -125,14 +125,14 @@ def read_run(folder: Path) -> RunData:
         raise UsageError(f"{str(folder)!r} holds no {RECORD}, so it is no run of finetune.py.{there}")
     has_state = (folder / STATE).is_file()  # else the run is still going, or was cut short
     state = (folder if has_state else Path(last_checkpoint(folder) or folder)) / STATE
-    samples = _optional(folder / "samples.json", lambda found: (_samples(found), bool(found["held_out"])))
+    samples = _optional(folder / SAMPLES, lambda found: (_samples(found), bool(found["held_out"])))
     return RunData(
         folder,
         record=read(folder / RECORD, _record) or {},
         config=_optional(folder / CONFIG, mapping) or {},
         history=_optional(state, _history) or [],
-        parameters=_optional(folder / "parameters.json", _parameters),
-        slopes=_optional(folder / "slopes.json", _slopes),
+        parameters=_optional(folder / PARAMETERS, _parameters),
+        slopes=_optional(folder / SLOPES, _slopes),
         samples=samples[0] if samples else [],
         held_out_samples=bool(samples and samples[1]),
     )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from to_finetune.errors import UsageError, did_you_mean
@@ -141,3 +142,10 @@ def _literal(value: Any) -> Any:
 def _state_dtype(value: Any) -> Any:
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
     return dtypes.get(str(value).removeprefix("torch."), value)
+
+
+def unwrapped(optimizer: Any) -> Optimizer:
+    """Return the optimizer inside accelerate's and DeepSpeed's wrappers."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer

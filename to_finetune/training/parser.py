@@ -33,14 +33,14 @@ class _Parser(TrlParser):
 def parse_arguments(
     argv: Sequence[str] | None = None,
     training: type[FinetuneArguments] = FinetuneArguments,
-    beside: Collection[str] = (),
+    other_flags: Collection[str] = (),
 ) -> tuple[ModelArguments, DataArguments, FinetuneArguments]:
     """Parse ``--config recipe.yaml`` and the flags that override it.
 
     Args:
         argv: None for this process's command line.
         training: `ArgumentsElsewhere` for a run outside of this process.
-        beside: other flags of the command, suggested for an unknown one as well.
+        other_flags: other flags of the command, suggested for an unknown one as well.
 
     Raises:
         UsageError: naming every unknown key with the nearest known one, or the bad value.
@@ -60,7 +60,7 @@ def parse_arguments(
         parser.add_argument("--warmup_ratio", dest="warmup_steps", type=float, default=SUPPRESS, help=SUPPRESS)
         if "warmup_ratio" in config:
             config["warmup_steps"] = config.pop("warmup_ratio")
-    _check_names(config, argv, types, parser, beside)
+    _check_names(config, argv, types, parser, other_flags)
     config = {key.replace("-", "_"): value for key, value in config.items()}
     if any(word.startswith(("--unfrozen_", "--unfrozen-")) for word in argv):  # say all of what trains
         config = {key: value for key, value in config.items() if not key.startswith("unfrozen_")}
@@ -84,13 +84,13 @@ def parse_arguments(
 
 
 def _check_names(
-    config: Iterable[str], argv: Sequence[str], types: Mapping[str, Any], parser: _Parser, beside: Collection[str]
+    config: Iterable[str], argv: Sequence[str], types: Mapping[str, Any], parser: _Parser, other_flags: Collection[str]
 ) -> None:
     """Raise if keys or flags are unknown, naming all of them in one error."""
     options = {option.lstrip("-").replace("-", "_") for option in parser._option_string_actions} | {"config"}
     flags = [item[2:].split("=")[0] for item in argv if item.startswith("--")]
     problems = [
-        f"Unknown {where} {key!r}.{did_you_mean(ALIASES.get(key, key), [*types, *beside])}"
+        f"Unknown {where} {key!r}.{did_you_mean(ALIASES.get(key, key), [*types, *other_flags])}"
         for where, keys, known in (("key in the configuration file", config, types), ("flag", flags, options))
         for key in keys
         if key.replace("-", "_") not in known

@@ -16,6 +16,7 @@ from to_finetune.errors import RunError
 from to_finetune.model.trained import read_trained
 from to_finetune.optim import TrainableOptimizer
 from to_finetune.optim.sharding import all_reduce, local, reshard
+from to_finetune.training.optimizers import unwrapped
 
 NOTHING_MOVED = "No trained weight moved in the first steps: no gradient reaches them, or the rate is too low."
 
@@ -112,13 +113,6 @@ class EngagementProofs(TrainerCallback):
                 f"{len(frozen)} frozen tensors changed, {frozen[0]} first: something else than --optim writes."
             )
         return moved.difference(still)
-
-
-def unwrapped(optimizer: Any) -> Optimizer:
-    """Return the optimizer inside accelerate's and DeepSpeed's wrappers."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
 
 
 def check_optimizer(live: Optimizer, expected: type[Optimizer] | None) -> str:

@@ -108,34 +108,37 @@ class RunRecord:
         check_place("output_dir", self.folder / RECORD)
         resumed = self.folder if resume is None else Path(resume).resolve().parent
         is_another = resume is None or resumed != self.folder.resolve()
+        last = last_checkpoint(self.folder)
         if is_another and self._holds_a_run() and not was_restarted():
-            last = last_checkpoint(self.folder)
             go_on = ", or continue that run with --resume_from_checkpoint true" if last else ""
             raise UsageError(f"output_dir={str(self.folder)!r} holds another run. Choose a new folder{go_on}.")
         if resume is None:
             return
-        last = last_checkpoint(self.folder)
         if not is_another and last is not None and step_of(last) > step_of(resume):
             raise UsageError(
                 f"resume_from_checkpoint={resume!r}: {str(self.folder)!r} holds a later one, {last!r}. Resume from "
                 "that one, delete what is later, or choose a new output_dir."
             )
-        saved = resumed / CONFIG
-        if saved.exists():
-            before = read(saved, mapping) or {}
-            differing = [
-                f"{key}={before.get(key)!r}, now {self.config.get(key)!r}"
-                for key in MUST_AGREE
-                if _words(before.get(key)) != _words(self.config.get(key))
-            ]
-            rows, now = _rows_a_step(resumed), self.values["rows_a_step"]
-            if rows not in (None, now):
-                differing.append(f"{rows} rows a step (batch size x accumulation x processes), now {now}")
-            if differing:
-                raise UsageError(
-                    f"resume_from_checkpoint: the run in {str(resumed)!r} had {', '.join(differing)}. Resume with the "
-                    "same settings, or start a new run."
-                )
+        self._check_agrees(resumed)
+
+    def _check_agrees(self, resumed: Path) -> None:
+        """Raise if the run in the folder `resumed` has a config.yaml with other settings."""
+        before = read(resumed / CONFIG, mapping)
+        if before is None:
+            return
+        differing = [
+            f"{key}={before.get(key)!r}, now {self.config.get(key)!r}"
+            for key in MUST_AGREE
+            if _words(before.get(key)) != _words(self.config.get(key))
+        ]
+        rows, now = _rows_a_step(resumed), self.values["rows_a_step"]
+        if rows not in (None, now):
+            differing.append(f"{rows} rows a step (batch size x accumulation x processes), now {now}")
+        if differing:
+            raise UsageError(
+                f"resume_from_checkpoint: the run in {str(resumed)!r} had {', '.join(differing)}. Resume with the "
+                "same settings, or start a new run."
+            )
 
     def _holds_a_run(self) -> bool:
         """Whether the folder holds a run that did not fail before it saved anything."""

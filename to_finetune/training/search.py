@@ -12,15 +12,11 @@ from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 import torch
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from to_finetune.errors import UsageError, did_you_mean
 from to_finetune.training.arguments import DataArguments, FinetuneArguments, ModelArguments
 from to_finetune.training.optimizers import OPTIMIZERS, parse_optim_args
-
-try:
-    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-except ImportError as error:
-    raise UsageError('A sweep needs Optuna: pip install "to-finetune[sweep]"') from error
 
 Space = dict[str, BaseDistribution]
 

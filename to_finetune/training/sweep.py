@@ -15,7 +15,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 from filelock import FileLock, Timeout
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 
 from to_finetune.errors import RunError, UsageError, at_least_one
 from to_finetune.files import check_place, write_json
@@ -33,15 +37,7 @@ from to_finetune.training.search import (
     range_ends,
     search_texts,
 )
-from to_finetune.training.trial import last_line, record_of, trained
-
-try:
-    import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-    from optuna.trial import TrialState
-except ImportError as error:
-    raise UsageError('A sweep needs Optuna: pip install "to-finetune[sweep]"') from error
+from to_finetune.training.trial import last_line, record_of, train
 
 EDGE = 0.05  # share of a range: if the best value is this close to an end, a better one may lie beyond it
 JOURNAL = "sweep.journal"  # Optuna's, in the sweep's folder
@@ -378,7 +374,7 @@ def _run(made: Sweep, number: int, values: dict[str, Any], name: str, on_line: C
         KeyboardInterrupt: when this process was told to stop.
     """
     flags = [*made.flags, *as_flags(values, made.args)]
-    record = trained(made.folder / name, flags, lambda line: on_line(name, line))  # a failed run has results too
+    record = train(made.folder / name, flags, lambda line: on_line(name, line))  # a failed run has results too
     loss = record["results"].get(made.objective) if record.get("status") == "done" else None
     return _ended(made, number, values, name, loss)
 

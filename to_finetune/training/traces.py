@@ -23,7 +23,8 @@ from to_finetune.model.generate import context_length, end_tokens
 from to_finetune.optim import DiagonalTO, RankOneTO
 from to_finetune.optim.checkpoint import named
 from to_finetune.optim.slopes import QUANTILES, SAMPLE, Slope, slopes
-from to_finetune.training.proofs import unwrapped
+from to_finetune.runs import PARAMETERS, SAMPLES, SLOPES
+from to_finetune.training.optimizers import unwrapped
 from to_finetune.training.sft import TOSFTTrainer
 
 MOMENTS = 20  # slopes are recorded at this many steps at most
@@ -38,7 +39,7 @@ def write_parameters(model: nn.Module, folder: Path) -> None:
     parameters = dict(model.named_parameters())
     sizes = {name: _whole_shape(p).numel() for name, p in parameters.items()}
     trained = [name for name, p in parameters.items() if p.requires_grad]
-    write_json(folder / "parameters.json", {"sizes": sizes, "trained": trained}, indent=None)
+    write_json(folder / PARAMETERS, {"sizes": sizes, "trained": trained}, indent=None)
 
 
 def _whole_shape(p: Any) -> torch.Size:
@@ -54,7 +55,7 @@ class SlopeTrace(TrainerCallback):
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / "slopes.json"
+        self.path = folder / SLOPES
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -132,7 +133,7 @@ class SampleAnswers:
     """
 
     def __init__(self, trainer: TOSFTTrainer, folder: Path) -> None:
-        self.trainer, self.path = trainer, folder / "samples.json"
+        self.trainer, self.path = trainer, folder / SAMPLES
         self.tokenizer: Any = trainer.processing_class
         self.held_out = trainer.eval_dataset is not None
         rows: Any = trainer.eval_dataset if self.held_out else trainer.train_dataset

@@ -13,7 +13,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
@@ -33,11 +32,12 @@ from to_finetune.model.trained import (
 )
 from to_finetune.optim import DiagonalTO, RankOneTO, TrainableOptimizer
 from to_finetune.optim.checkpoint import load_state, load_weights, named, save_state, whole_weights
+from to_finetune.optim.sharding import whole_parameter
 from to_finetune.training.arguments import TrainableOptimizerArguments
 from to_finetune.training.callbacks import ShortBackward
 from to_finetune.training.layout import check_clipping, check_layout, check_processes
-from to_finetune.training.optimizers import OPTIMIZERS, recommended_learning_rate, with_embeddings_apart
-from to_finetune.training.proofs import EngagementProofs, unwrapped
+from to_finetune.training.optimizers import OPTIMIZERS, recommended_learning_rate, unwrapped, with_embeddings_apart
+from to_finetune.training.proofs import EngagementProofs
 
 STATE_NAME = "to_state"  # folder in a checkpoint
 
@@ -305,23 +305,3 @@ def without_token(args: TrainingArguments) -> Iterator[None]:
         yield
     finally:
         args.hub_token = token
-
-
-def whole_parameter(p: Tensor) -> Tensor:
-    """Return all of a parameter that FSDP2 or ZeRO-3 may have sharded; all processes must call it.
-
-    Of a weight that trains under ZeRO, these are DeepSpeed's 32-bit master weights.
-    """
-    if isinstance(p, DTensor):
-        return p.full_tensor().detach()
-    if p.requires_grad and (hasattr(p, "_hp_mapping") or hasattr(p, "ds_id")):
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        if (whole := safe_get_full_fp32_param(p)) is not None:
-            return whole.detach().clone()
-    if hasattr(p, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([p]):
-            return p.detach().clone()
-    return p.detach()

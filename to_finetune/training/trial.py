@@ -19,7 +19,7 @@ from to_finetune.runs import RECORD, last_checkpoint, mapping, read
 from to_finetune.signals import on_stop
 
 
-def trained(folder: Path, flags: Sequence[str], on_line: Callable[[str], None]) -> Mapping[str, Any]:
+def train(folder: Path, flags: Sequence[str], on_line: Callable[[str], None]) -> Mapping[str, Any]:
     """Train in `folder`, from its last checkpoint if it has one; a run that is done is not repeated.
 
     Args:

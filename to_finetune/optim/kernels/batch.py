@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from itertools import chain
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,17 @@ from to_finetune.optim.state import exponents_name, state_key
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 VARIANTS = {"diagonal": 0, "rank_one": 1}
 STATES = 3  # columns of the table for state; Diagonal needs fewer
-GRADIENT, NUMEL, KEY = 1, 8, 10
+GRADIENT, NUMEL, FIRST, KEY, COLUMNS = 1, 8, 9, 10, 11
 LR, DECAY, WEIGHT_DECAY, FACTOR, BETA, KEEP, OWN, SCALARS = 0, 1, 2, 3, 4, 5, 6, 10
+
+
+class Formats(NamedTuple):
+    """The kernels' codes for the variant and for the formats of weights, gradients and state, in their order."""
+
+    variant: int
+    weight: int
+    gradient: int
+    state: int
 
 
 @dataclass
@@ -34,7 +43,6 @@ class Batch(Part):
     """Members of one group, one device and one set of formats, stepped by one launch.
 
     Attributes:
-        formats: the kernels' codes for the variant and for the formats of weights, gradients and state.
         names: the names of the state.
         places: the addresses of weights, state and exponents.
         grads: the members' gradients, contiguous.
@@ -46,7 +54,7 @@ class Batch(Part):
     """
 
     kernels: ModuleType = field(kw_only=True)
-    formats: tuple[int, int, int, int] = field(kw_only=True)
+    formats: Formats = field(kw_only=True)
     names: Sequence[str] = field(kw_only=True)
     grads: list[Tensor] = field(init=False)
     aligned: bool = field(init=False)
@@ -100,7 +108,7 @@ class Batch(Part):
 
     def _find(self) -> list[list[int]]:
         """Return the addresses of weights, state and exponents."""
-        is_int8 = self.formats[3] == FORMATS[torch.int8]
+        is_int8 = self.formats.state == FORMATS[torch.int8]
         names = [*self.names, *map(exponents_name, self.names if is_int8 else ())]
         tensors = [self.params, *([state[x] for state in self.states] for x in names)]
         return [list(map(Tensor.data_ptr, some)) for some in tensors]
@@ -117,7 +125,7 @@ class Batch(Part):
     @property
     def rounds(self) -> bool:
         """Whether weights or state are stored in fewer bits than they are computed in."""
-        return any(self.formats[k] != FORMATS[torch.float32] for k in (1, 3))
+        return {self.formats.weight, self.formats.state} != {FORMATS[torch.float32]}
 
     def set_keys(self, steps: Tensor) -> None:
         """Set the random bits' keys from step counts on the device; the table already has those of host counts."""
@@ -148,7 +156,7 @@ class Batch(Part):
 
     @property
     def is_rank_one(self) -> bool:
-        return self.formats[0] == VARIANTS["rank_one"]
+        return self.formats.variant == VARIANTS["rank_one"]
 
     @property
     def measures_itself(self) -> bool:
@@ -198,7 +206,7 @@ def make_batch(
     first = members[0]
     dtypes = (first.p.dtype, first.grad.dtype, first.state[names[0]].dtype)
     weight, gradient, state = (FORMATS[dtype] for dtype in dtypes)
-    formats = (VARIANTS[variant], weight, gradient, state)
+    formats = Formats(VARIANTS[variant], weight, gradient, state)
     return Batch(group, variant, members, may_skip, kernels=kernels, formats=formats, names=names)
 
 

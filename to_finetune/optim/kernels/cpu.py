@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from to_finetune.optim.blocks import SUMS
 from to_finetune.optim.kernels.batch import Batch, Pieces
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -40,7 +41,7 @@ def reduce(batch: Batch, weights: bool) -> Tensor:
 def update(batch: Batch, scalars: Tensor, weights: bool, skip: Tensor | None) -> Tensor:
     """Take one step in place, unless `skip`; return sums as `reduce` does, with `weights` over the new ones."""
     if skip is not None and skip:
-        return torch.zeros(len(batch.params), 8, dtype=torch.float64, device="cpu")
+        return torch.zeros(len(batch.params), SUMS, dtype=torch.float64, device="cpu")
     return _call("update", batch, scalars, weights)
 
 
@@ -73,7 +74,7 @@ def _call_on_pieces(function: str, pieces: Pieces, *numbers: Tensor) -> None:
 
 def _call(function: str, batch: Batch, scalars: Tensor, weights: bool, *more: Any) -> Tensor:
     n = len(batch.params)
-    sums = torch.empty(n, 8, dtype=torch.float64, device="cpu")
+    sums = torch.empty(n, SUMS, dtype=torch.float64, device="cpu")
     arrays = (_address(x) for x in (batch.table, scalars, sums))
     library()[function](*batch.formats, ctypes.c_int64(n), *arrays, int(weights), torch.get_num_threads(), *more)
     return sums

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from to_finetune.optim.kernels import batch as layout
 from to_finetune.optim.kernels.batch import Batch
 from to_finetune.optim.kernels.gpu.programs import programs_of
 from to_finetune.optim.kernels.gpu.storage import (
@@ -39,7 +40,7 @@ ROWS, TILES, WARPS = 8, 64, 2
 AT_ONCE = 4  # tiles that `_reduce` reads as one: it reads few bytes per weight, and needs many on their way
 
 FOURS = tl.constexpr(8)
-FIRST, KEY = tl.constexpr(9), tl.constexpr(10)
+FIRST, KEY = tl.constexpr(layout.FIRST), tl.constexpr(layout.KEY)
 
 
 def reduce(batch: Batch, weights: bool) -> Tensor:

@@ -10,9 +10,12 @@ import triton
 import triton.language as tl
 from triton.runtime import JITFunction
 
+from to_finetune.optim import state
+from to_finetune.optim.kernels.batch import FORMATS
+
 LARGEST_DIVISOR = tl.constexpr(2.0**125)  # whose inverse is a normal float32
-BLOCK = tl.constexpr(32)  # weights in a block of int8 state
-FLOAT32, BFLOAT16, INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+BLOCK = tl.constexpr(state.BLOCK)  # weights in a block of int8 state
+FLOAT32, BFLOAT16, INT8 = map(tl.constexpr, FORMATS.values())
 # 1.5 * 2^23 and its bits: adding a small integer adds it to the last bits, which is faster than a conversion.
 SHIFT, SHIFT_BITS = tl.constexpr(12582912.0), tl.constexpr(0x4B400000)
 # Bits of float32: 127^2's mantissa (127^2 is 1.97 2^13), 127^2 times half the smallest number, and 3.4e38.

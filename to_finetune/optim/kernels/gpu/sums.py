@@ -7,22 +7,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from to_finetune.optim import blocks, rules
+from to_finetune.optim.kernels import batch as layout
 from to_finetune.optim.kernels.batch import Batch
 from to_finetune.optim.kernels.gpu.programs import MANY_WARPS
 
 COMBINED = 512  # the number of programs whose sums are added up at a time
 
-SMALLEST_DIVISOR = tl.constexpr(1e-30)
-GG, PEAK, UG, WW, VW, UU, UB, ERROR, SUMS = (tl.constexpr(k) for k in range(9))
-COLUMNS, NUMEL = tl.constexpr(11), tl.constexpr(8)
-SCALARS, FACTOR, OWN = tl.constexpr(10), tl.constexpr(3), tl.constexpr(6)
+SMALLEST_DIVISOR = tl.constexpr(rules.SMALLEST_DIVISOR)
+GG, PEAK, UG, WW, VW, UU, UB, ERROR, SUMS = (tl.constexpr(k) for k in range(blocks.SUMS + 1))
+COLUMNS, NUMEL = tl.constexpr(layout.COLUMNS), tl.constexpr(layout.NUMEL)
+SCALARS, FACTOR, OWN = tl.constexpr(layout.SCALARS), tl.constexpr(layout.FACTOR), tl.constexpr(layout.OWN)
 
 
 def combined(
     batch: Batch, partial: Tensor, begin: Tensor, scalars: Tensor | None = None, held: Tensor | None = None
 ) -> Tensor:
     """Combine the sums per tensor; if given, `held` provides WW to UB, and the dependent `scalars` are written."""
-    sums = torch.empty(len(batch.params), 8, dtype=torch.float64, device=partial.device)
+    sums = torch.empty(len(batch.params), blocks.SUMS, dtype=torch.float64, device=partial.device)
     with torch.cuda.device_of(partial):
         _combine[(len(batch.params),)](
             partial,
