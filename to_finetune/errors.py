@@ -27,5 +27,5 @@ def at_least_one(**numbers: float | None) -> None:
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" with up to three of the nearest choices, or an empty string."""
-    close = get_close_matches(name, list(choices), n=3, cutoff=0.5)
+    close = get_close_matches(name, list(choices))
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

@@ -207,6 +207,7 @@ def interrupted(trainer: TOSFTTrainer, record: RunRecord, signals: SaveOnSignal,
     last = last_checkpoint(record.folder)
     conclude(trainer, record, status="interrupted", checkpoint=last)
     console.print(f"{signals.stopped.name}: saved {last}. Go on with --resume_from_checkpoint true.", markup=False)
+    console.print(f"The run so far: {record.folder / REPORT}", markup=False)
     trainer.args.distributed_state.wait_for_everyone()  # torchrun ends all others when the first one exits
     return 128 + signals.stopped
 

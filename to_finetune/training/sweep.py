@@ -41,6 +41,7 @@ from to_finetune.training.trial import last_line, record_of, train
 
 EDGE = 0.05  # share of a range: if the best value is this close to an end, a better one may lie beyond it
 JOURNAL = "sweep.journal"  # Optuna's, in the sweep's folder
+OnLine = Callable[[str, str], None]  # is called with a run's name and a line that it logs
 FAILURES = 3  # consecutive failures, other than divergence, that end a sweep
 
 
@@ -188,7 +189,7 @@ def sweep(
     trials: int = 12,
     output_dir: str = "runs/sweep",
     seeds: Sequence[int] = (),
-    on_line: Callable[[str, str], None] = lambda run, line: None,
+    on_line: OnLine = lambda run, line: None,
     on_trial: Callable[[Sweep], None] = lambda sweep: None,
 ) -> Sweep:
     """Run `finetune.py` once per trial and find the values with the lowest loss; resumes a sweep that was stopped.
@@ -235,33 +236,50 @@ def sweep(
 
     with _alone(made.folder):
         tell()
-        failures = 0
-        while len(made.trials) < planned:
-            number, values = _next(study, space, made)
-            try:
-                trial = _run(made, number, values, f"trial-{number:03d}", on_line)
-            except UsageError:
-                if is_new and not made.trials:  # the corrected command would count as another sweep
-                    shutil.rmtree(made.folder)
-                raise
-            if trial.status != "failed":  # a failed trial stays open, and the same command retries it
-                study.tell(number, math.inf if trial.loss is None else trial.loss)
-            made.trials.append(trial)
-            tell()
-            failures = failures + 1 if trial.status == "failed" else 0
-            if failures == FAILURES:
-                raise RunError(f"{FAILURES} trials in a row failed, {trial.folder} last: {trial.error}")
-        best = made.best
-        if best is None:
-            raise RunError(f"None of {planned} trials has a loss; {made.trials[0].folder}: {made.trials[0].error}")
-        for seed in seeds:
-            values = {**best.values, "seed": seed}
-            if seed == args.seed:  # the trials' own seed
-                made.judged.append(replace(best, values=values))
-            else:
-                made.judged.append(_run(made, best.number, values, f"trial-{best.number:03d}-seed-{seed}", on_line))
-            tell()
+        _search(study, space, made, is_new, on_line, tell)
+        _judge(made, seeds, on_line, tell)
     return made
+
+
+def _search(
+    study: optuna.Study, space: Space, made: Sweep, is_new: bool, on_line: OnLine, tell: Callable[[], None]
+) -> None:
+    """Run the trials that are missing; call `tell` after each.
+
+    Raises:
+        RunError: when several in a row failed for another reason than divergence, or none has a loss.
+    """
+    failures = 0
+    while len(made.trials) < made.planned:
+        number, values = _next(study, space, made)
+        try:
+            trial = _run(made, number, values, f"trial-{number:03d}", on_line)
+        except UsageError:
+            if is_new and not made.trials:  # the corrected command would count as another sweep
+                shutil.rmtree(made.folder)
+            raise
+        if trial.status != "failed":  # a failed trial stays open, and the same command retries it
+            study.tell(number, math.inf if trial.loss is None else trial.loss)
+        made.trials.append(trial)
+        tell()
+        failures = failures + 1 if trial.status == "failed" else 0
+        if failures == FAILURES:
+            raise RunError(f"{FAILURES} trials in a row failed, {trial.folder} last: {trial.error}")
+    if made.best is None:
+        raise RunError(f"None of {made.planned} trials has a loss; {made.trials[0].folder}: {made.trials[0].error}")
+
+
+def _judge(made: Sweep, seeds: Sequence[int], on_line: OnLine, tell: Callable[[], None]) -> None:
+    """Train the best values on each seed; call `tell` after each."""
+    best = made.best
+    assert best is not None
+    for seed in seeds:
+        values = {**best.values, "seed": seed}
+        if seed == made.args.seed:  # the trials' own seed
+            made.judged.append(replace(best, values=values))
+        else:
+            made.judged.append(_run(made, best.number, values, f"trial-{best.number:03d}-seed-{seed}", on_line))
+        tell()
 
 
 @contextmanager
@@ -366,7 +384,7 @@ def _next(study: optuna.Study, space: Space, made: Sweep) -> tuple[int, dict[str
     return trial.number, trial.params
 
 
-def _run(made: Sweep, number: int, values: dict[str, Any], name: str, on_line: Callable[[str, str], None]) -> Trial:
+def _run(made: Sweep, number: int, values: dict[str, Any], name: str, on_line: OnLine) -> Trial:
     """Train in the folder `name`; a run that is done there is only read.
 
     Raises:
