@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 
+from to_finetune import finetune
 from to_finetune.cli import main
 from to_finetune.training.launch import launch
 
@@ -249,7 +250,15 @@ def test_it_ends_as_the_run_does(launches: Launches, words: list[str], code: int
     assert main(["train", *words]) == code
 
 
-def test_a_single_process_takes_its_place() -> None:
+def test_a_single_process_is_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["to-finetune", "train", "--seed", "3"])
+    with mock.patch("to_finetune.finetune.main", return_value=7) as run:
+        assert launch([sys.executable, *RUN, "--seed", "3"]) == 7
+    run.assert_called_once_with()
+    assert sys.argv == [finetune.__file__, "--seed", "3"]
+
+
+def test_in_another_environment_it_takes_its_place() -> None:
     with mock.patch("os.execvp") as become:
         launch(["env", "A=1", sys.executable, "-c", "pass"])
     become.assert_called_once_with("env", ["env", "A=1", sys.executable, "-c", "pass"])
