@@ -12,7 +12,6 @@ from unittest import mock
 
 import pytest
 
-from to_finetune import finetune
 from to_finetune.cli import main
 from to_finetune.training.launch import launch
 
@@ -44,6 +43,9 @@ def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Launches:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     launches = Launches()
     monkeypatch.setattr("to_finetune.training.launch.launch", launches)
+    # A run of one process is the command's own process.
+    monkeypatch.setattr("sys.argv", ["to-finetune"])
+    monkeypatch.setattr("to_finetune.finetune.main", lambda: launches([sys.executable, *RUN, *sys.argv[1:]]))
     return launches
 
 
@@ -250,15 +252,7 @@ def test_it_ends_as_the_run_does(launches: Launches, words: list[str], code: int
     assert main(["train", *words]) == code
 
 
-def test_a_single_process_is_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["to-finetune", "train", "--seed", "3"])
-    with mock.patch("to_finetune.finetune.main", return_value=7) as run:
-        assert launch([sys.executable, *RUN, "--seed", "3"]) == 7
-    run.assert_called_once_with()
-    assert sys.argv == [finetune.__file__, "--seed", "3"]
-
-
-def test_in_another_environment_it_takes_its_place() -> None:
+def test_a_single_process_in_another_environment_takes_its_place() -> None:
     with mock.patch("os.execvp") as become:
         launch(["env", "A=1", sys.executable, "-c", "pass"])
     become.assert_called_once_with("env", ["env", "A=1", sys.executable, "-c", "pass"])

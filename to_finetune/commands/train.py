@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import sys
 
 TAKES_FLAGS = True
 
@@ -28,6 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.text import Text
 
+    from to_finetune import finetune
     from to_finetune.training.arguments import ArgumentsElsewhere
     from to_finetune.training.flags import check_base
     from to_finetune.training.launch import command_for, launch
@@ -43,4 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     Console(soft_wrap=True).print(Text(f"$ {shlex.join(without_secrets(command))}", "dim"))
     os.environ.clear()
     os.environ.update(environment)  # Hugging Face sets variables for some flags
+    if command[0] == sys.executable:  # this process will do, which has imported all that the run needs
+        sys.argv = [finetune.__file__, *arguments.flags]  # for the record
+        return finetune.main()
     return launch(command)

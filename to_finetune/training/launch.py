@@ -22,8 +22,6 @@ from torch.distributed.run import main as torchrun
 from to_finetune.errors import UsageError, at_least_one
 from to_finetune.signals import on_stop
 
-PROGRAM = ["-m", "to_finetune.finetune"]  # for Python
-
 
 def command_for(
     flags: Sequence[str], processes: int | None, config: str | None, gpus: int, shards: bool = False
@@ -40,7 +38,7 @@ def command_for(
     Raises:
         UsageError: for an invalid number of processes, and a file that is not a configuration of accelerate's.
     """
-    run = [*PROGRAM, *flags]
+    run = ["-m", "to_finetune.finetune", *flags]
     machines = 1 if config is None else _machines(config)
     at_least_one(num_processes=processes)
     if config is not None and not gpus:
@@ -63,18 +61,11 @@ def command_for(
 
 
 def launch(command: list[str]) -> int:
-    """Run a command of `command_for` and return the run's exit code.
-
-    A run of one process is this process, or replaces it if it needs another environment.
+    """Run a command of `command_for` and return the run's exit code; a single-process run replaces this process.
 
     Signals are passed on to the run's processes, which then save a checkpoint, and not to their launcher, which would
     kill them after half a minute.
     """
-    if command[: len(PROGRAM) + 1] == [sys.executable, *PROGRAM]:  # what it imports is imported already
-        from to_finetune import finetune
-
-        sys.argv = [finetune.__file__, *command[len(PROGRAM) + 1 :]]  # as that command's, for the record
-        return finetune.main()
     if command[0] == "accelerate":
         return _launched(partial(launch_command, launch_command_parser().parse_args(command[2:])))
     if command[0] == "torchrun":
