@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from to_finetune.optim import DiagonalTO
+from to_finetune.optim.checkpoint import load_state, save_state
 
 from .helpers import OPTIMIZERS, copies, make_weights, run, step
 from .test_state import assert_same_bits
@@ -35,6 +37,11 @@ def test_a_hook_before_loading_is_obeyed(variant: str, shapes: list[tuple[int, .
     other.register_load_state_dict_pre_hook(in_the_order_of_names)
     other.load_state_dict(optimizer.state_dict())
     assert_same_bits(other, [a, b], optimizer, [a, b])
+    again = OPTIMIZERS[variant]([a, b])
+    again.load_state_dict(optimizer.state_dict())
+    assert not again._loaded, "what was loaded is held twice"
+    assert not again._optimizer_load_state_dict_pre_hooks
+    assert not optimizer._optimizer_state_dict_post_hooks
 
 
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8])
@@ -92,8 +99,12 @@ def test_state_of_ones_own_is_left_alone(variant: str) -> None:
     run(optimizer, [p], 2)
     optimizer.param_groups[0]["mask"] = torch.zeros(3)
     run(optimizer, [p], 1)
-    assert optimizer.state[p]["note"] == "mine"
     assert optimizer.state[p]["step"] == 3
+    other = OPTIMIZERS[variant]([p])
+    other.state[p]["note"] = "another"
+    assert other.state_dict()["state"] == {0: {"note": "another"}}  # before its first step
+    other.load_state_dict(optimizer.state_dict())
+    assert optimizer.state[p]["note"] == other.state[p]["note"] == "mine"
 
 
 @pytest.mark.parametrize("fused", [None, False])
@@ -119,7 +130,6 @@ def test_groups_may_be_changed_in_place(variant: str, change: str, fused: bool |
         del params[1]
     else:
         optimizer.param_groups[:] = [dict(group) for group in optimizer.param_groups]
-    optimizer.forget_last_step()
     others = copies(params)
     first = len(optimizer.param_groups[0]["params"])
     fresh = OPTIMIZERS[variant]([{"params": others[:first]}, {"params": others[first:]}], fused=fused)
@@ -129,6 +139,35 @@ def test_groups_may_be_changed_in_place(variant: str, change: str, fused: bool |
         run(fresh, others, 1, seed)
     for p, q in zip(params, others, strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("step_before", [False, True])
+@pytest.mark.parametrize("change", ["reversed", "first removed", "appended"])
+@pytest.mark.parametrize("name", ["diagonal", "rank_one"])
+def test_a_changed_group_is_saved_by_its_own_names(name: str, change: str, step_before: bool, tmp_path: Path) -> None:
+    """Also if all weights are of one size, by which nothing could tell them apart."""
+    model = nn.ParameterDict({key: nn.Parameter(torch.randn(3)) for key in "abcd"})
+    given = [model[key] for key in "abc"]
+    optimizer = OPTIMIZERS[name](given)
+    run(optimizer, given, 2)
+    params = optimizer.param_groups[0]["params"]
+    if change == "reversed":
+        params.reverse()
+    elif change == "appended":
+        params.append(model["d"])
+    else:
+        del optimizer.state[params.pop(0)]
+    if step_before:
+        run(optimizer, params, 1)
+    save_state(model, optimizer, tmp_path / "state")
+    others = nn.ParameterDict({key: nn.Parameter(model[key].detach().clone()) for key in "abcd"})
+    keys = [key for key in "dcba" if any(model[key] is p for p in params)]
+    fresh = OPTIMIZERS[name]([others[key] for key in keys])
+    load_state(others, fresh, tmp_path / "state")
+    for key in keys:
+        assert fresh.state[others[key]].keys() == {"step", *fresh.state_names}
+        for kind, value in optimizer.state[model[key]].items():
+            assert torch.equal(fresh.state[others[key]][kind], value)
 
 
 def test_no_reference_keeps_torch_from_swapping_a_weight(variant: str) -> None:

@@ -179,6 +179,7 @@ class TrainableOptimizer(StatefulOptimizer):
         """Reuse the last step with new gradients; prepare another if more changed or a graph must capture it all."""
         step, self._prepared = self._prepared, None
         if step is None or is_capturing() or not step.take_gradients(self.param_groups, self.state):
+            self._look_again()
             return self._prepare([(group, self._members(group)) for group in self.param_groups])
         for matrices in step.matrices:
             equalize_(matrices)

@@ -74,11 +74,9 @@ class Given(NamedTuple):
     def position(self, p: Tensor) -> int:
         return self.begin + next(i for i, ref in self.refs.items() if ref() is p)
 
-    def is_another(self, p: Tensor, index: int) -> bool:
-        """Whether p is neither the parameter that was given nor that one elsewhere, in another dtype or sharded."""
-        if index >= len(self.ids):
-            return True
-        return self.ids[index] != id(p) and self.shapes[index].numel() != p.numel()
+    def is_of(self, params: Sequence[Tensor]) -> bool:
+        """Whether these are the parameters that were given, with the same shapes."""
+        return list(map(id, params)) == self.ids and [shape_of(p) for p in params] == self.shapes
 
 
 class Run(NamedTuple):
@@ -126,8 +124,12 @@ def given(params: Sequence[Tensor], begin: int, options: dict[str, Any]) -> Give
     """Record these parameters without keeping them alive."""
     # torch cannot swap a tensor's contents (FSDP2's model.to() does) while there is a weak reference to it.
     refs = {i: weakref.ref(p) for i, p in enumerate(params) if not isinstance(p, DTensor)}
-    shapes = [getattr(p, "ds_shape", p.shape) for p in params]
-    return Given(begin, list(map(id, params)), refs, shapes, options)
+    return Given(begin, list(map(id, params)), refs, list(map(shape_of, params)), options)
+
+
+def shape_of(p: Tensor) -> torch.Size:
+    """Return a parameter's shape, which ZeRO-3 hides."""
+    return getattr(p, "ds_shape", p.shape)
 
 
 def layout_of(p: Tensor, index: int, known: Given) -> Layout:

@@ -24,11 +24,12 @@ from to_finetune.optim.sharding import (
     stand_ins,
     unpacked_state,
 )
-from to_finetune.optim.state import exponents_name, new_state
+from to_finetune.optim.state import new_state
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Group = dict[str, Any]
 COUNTERS = ("step", "pairs", "skipped")
+STATE_NAMES = {"a", "b", "u", "v"}  # of all variants
 WHOLES = "whole_tensors"  # in a saved group: see `universal`
 
 
@@ -106,6 +107,7 @@ class StatefulOptimizer(Optimizer, ABC):
 
     def _to_saved(self, saved: dict[str, Any]) -> None:
         """Convert a state dict of torch's to what is saved, in place."""
+        self._look_again()
         tensors = chain.from_iterable(group["params"] for group in self.param_groups)
         numbers = dict(
             zip(tensors, chain.from_iterable(group["params"] for group in saved["param_groups"]), strict=True)
@@ -143,14 +145,17 @@ class StatefulOptimizer(Optimizer, ABC):
             self._loaded = {}
         self.param_groups[0].pop(WHOLES, None)
 
-    def _from_saved(self, saved: dict[str, Any]) -> None:
-        """Check and convert the states to load, before any is replaced."""
+    def _from_saved(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Check and convert the states to load, before any is replaced; return the rest, for torch."""
+        self._look_again()
+        own = {number for group in saved["param_groups"] for number in group["params"]}
         for group, saved_group in zip(self.param_groups, saved["param_groups"], strict=False):
             new_group = {**group, **saved_group}
             for i, (p, number) in enumerate(zip(group["params"], saved_group["params"], strict=False)):
                 if state := saved["state"].get(number):
                     layout = self._layout(group, i, p)
                     self._loaded[p] = self._as_held(new_group, self._known(group).begin + i, p, layout, state)
+        return {**saved, "state": {key: state for key, state in saved["state"].items() if key not in own}}
 
     def _as_held(
         self, group: Group, position: int, p: Tensor, layout: Layout, saved: Mapping[str, Any]
@@ -170,14 +175,13 @@ class StatefulOptimizer(Optimizer, ABC):
 
     def _check_state(self, position: int, p: Tensor, saved: Mapping[str, Any]) -> None:
         """Raise unless `saved` is this optimizer's state for a tensor of p's shape; the kernels do not check."""
-        exponents = map(exponents_name, self.state_names)  # torch adds them when it restores a flattened dict
-        names = saved.keys() - {*COUNTERS, *self.block_names, *exponents}
-        if names != set(self.state_names):
+        if saved.keys() & STATE_NAMES != set(self.state_names):
+            names = saved.keys() - {*COUNTERS, *self.block_names}
             raise RuntimeError(
                 f"The saved state of parameter {position} is {', '.join(sorted(names))}, but "
                 f"{type(self).__name__}'s is {', '.join(self.state_names)}: it is another optimizer's."
             )
-        for name in sorted(names):
+        for name in self.state_names:
             if saved[name].shape != p.shape:
                 raise RuntimeError(
                     f"The saved state {name!r} of parameter {position} has the shape {tuple(saved[name].shape)}, the "
@@ -194,6 +198,7 @@ class StatefulOptimizer(Optimizer, ABC):
     @torch.no_grad()
     def held(self) -> list[Member]:
         """Return the members for all weights on this process, without gradients; missing state is created."""
+        self._look_again()
         pairs = [(group, p, layout) for group in self.param_groups for p, layout in self.layouts(group)]
         return [member for group, p, layout in pairs for member in self._members_of(group, p, p, layout)]
 
@@ -204,6 +209,7 @@ class StatefulOptimizer(Optimizer, ABC):
             RuntimeError: if the model does not have one of them.
         """
         by_tensor = {p: name for name, p in parameters.items()}
+        self._look_again()
         names = []
         for group, known in zip(self._groups, self._given, strict=True):  # DeepSpeed drops empty groups of param_groups
             for i in range(len(known.shapes)):
@@ -214,11 +220,20 @@ class StatefulOptimizer(Optimizer, ABC):
         return names
 
     def _known(self, group: Group) -> Given:
-        for known, own in zip(self._given, self._groups, strict=True):
-            if own is group:
-                return known
-        self._remember_again()  # the groups were put together anew
-        return self._given[next(i for i, own in enumerate(self._groups) if own is group)]
+        return next(known for known, own in zip(self._given, self._groups, strict=True) if own is group)
+
+    def _look_again(self) -> None:
+        """Record all groups anew if Parameters, or groups, were put in, taken out or replaced.
+
+        DeepSpeed's partitions are no Parameters, and ZeRO-3 leaves its groups empty between steps.
+        """
+        for group in self.param_groups:
+            known = next((known for known, own in zip(self._given, self._groups, strict=True) if own is group), None)
+            params = group["params"]
+            are_given = params and all(isinstance(p, nn.Parameter) for p in params)
+            if known is None or (are_given and not known.is_of(params)):
+                self._remember_again()
+                return
 
     def layouts(self, group: Group) -> list[tuple[Tensor, Layout]]:
         """Return all tensors of a group with their layouts, even while ZeRO-3 hides them."""
@@ -226,11 +241,7 @@ class StatefulOptimizer(Optimizer, ABC):
         return [(p, self._layout(group, i, p)) for i, p in enumerate(tensors)]
 
     def _layout(self, group: Group, index: int, p: Tensor) -> Layout:
-        known = self._known(group)
-        if isinstance(p, nn.Parameter) and known.is_another(p, index):
-            self._remember_again()
-            known = self._known(group)
-        layout = layout_of(p, index, known)
+        layout = layout_of(p, index, self._known(group))
         check_layout(layout, self.variant, group, len(self._groups))
         return layout
 
@@ -283,9 +294,9 @@ def _as_saved(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     optimizer._to_saved(saved)
 
 
-def _read_saved(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+def _read_saved(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
     assert isinstance(optimizer, StatefulOptimizer)
-    optimizer._from_saved(saved)
+    return optimizer._from_saved(saved)
 
 
 def options_of(group: Group, defaults: Iterable[str]) -> Group:
