@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from to_finetune.errors import UsageError
 from to_finetune.training.flags import without_effect
 from to_finetune.training.parser import parse_arguments
+from to_finetune.training.prepare import settle_length
 from to_finetune.training.recipe import resolved_config
 
 from .helpers import Run, flags
@@ -91,12 +94,48 @@ def test_a_warm_up_may_be_given_as_a_ratio(tmp_path: Path) -> None:
     assert args.warmup_steps == 0.1
 
 
-@pytest.mark.parametrize("recipe", [{"unfrozen_last_layers": 2}, {"unfrozen_parameters": ["a"]}])
-def test_what_trains_is_said_by_the_flags_alone_if_they_say_it(tmp_path: Path, recipe: dict[str, Any]) -> None:
-    assert parsed(tmp_path, {**NEEDED, **recipe})[0].unfrozen_modules is None
-    model, *_ = parse_arguments(["--config", str(tmp_path / "recipe.yaml"), "--unfrozen-modules", "q_proj"])
-    given = model.unfrozen_parameters, model.unfrozen_last_layers, model.unfrozen_modules
-    assert given == (None, None, ["q_proj"])
+@pytest.mark.parametrize(
+    ("recipe", "flags", "left"),
+    [
+        ({"unfrozen_parameters": ["a"]}, "--unfrozen-modules=q_proj", (None, None, ["q_proj"])),
+        ({"unfrozen_parameters": ["a"]}, "--unfrozen_last_layers=1", (None, 1, None)),
+        ({"unfrozen_last_layers": 2}, "--unfrozen_modules=q_proj", (None, 2, ["q_proj"])),  # of these layers
+        ({"unfrozen_modules": ["q_proj"]}, "--unfrozen_last_layers=1", (None, 1, ["q_proj"])),
+        ({"unfrozen_last_layers": 2, "unfrozen_modules": ["q"]}, "--unfrozen_parameters=b", (["b"], None, None)),
+    ],
+)
+def test_a_flag_of_what_trains_replaces_the_recipes(
+    tmp_path: Path, recipe: dict[str, Any], flags: str, left: tuple[Any, ...]
+) -> None:
+    parsed(tmp_path, {**NEEDED, **recipe})
+    model, *_ = parse_arguments(["--config", str(tmp_path / "recipe.yaml"), flags])
+    assert (model.unfrozen_parameters, model.unfrozen_last_layers, model.unfrozen_modules) == left
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "length"),
+    [
+        (LlamaConfig, None, 64),
+        (LlamaConfig, 32, 32),
+        (LlamaConfig, 65, 65),  # rotary positions go on
+        (GPT2Config, None, 64),
+        (GPT2Config, 64, 64),
+        (GPT2Config, 65, "max_length=65 is not valid: at most 64"),
+    ],
+)
+def test_rows_are_cut_to_the_models_context(config: Any, given: int | None, length: Any) -> None:
+    """By default; a length beyond it is refused only where positions are learned."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config(vocab_size=8, hidden_size=8, num_attention_heads=1, num_hidden_layers=1, max_position_embeddings=64)
+        )
+    _, _, args = parse_arguments([*flags(**NEEDED), *([] if given is None else [f"--max_length={given}"])])
+    if isinstance(length, str):
+        with pytest.raises(UsageError, match=length):
+            settle_length(model, args)
+    else:
+        settle_length(model, args)
+        assert args.max_length == length
 
 
 @pytest.mark.parametrize(("name", "ours"), [("lr", "learning_rate"), ("model", "model_name_or_path")])

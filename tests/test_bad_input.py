@@ -117,7 +117,6 @@ BAD = {
         "gradient_accumulation_steps=0 is not valid: at least 1",
     ),
     "length of none": ({"max_length": 0}, "max_length=0", "at least 1"),
-    "length beyond the context": ({"max_length": 513}, "max_length=513", "at most 512"),
     "no dataset": ({"dataset_name": None}, "required", "--dataset_name"),
     "no model": ({"model_name_or_path": None}, "required", "--model_name_or_path"),
     # the subset

@@ -32,8 +32,9 @@ from to_finetune.model.generate import Decoding, answer, end_tokens, fitting
 from to_finetune.model.opened import OpenModel, open_model
 from to_finetune.model.run import find_run
 from to_finetune.model.terminal import chat
+from to_finetune.runs import located
 
-from .helpers import LAYER_WEIGHTS, Run, assert_same_bits, write_jsonl
+from .helpers import LAYER_WEIGHTS, Run, assert_same_bits, make_llama, write_jsonl
 
 CPU = torch.device("cpu")
 QUESTION = "Say red tree."
@@ -112,15 +113,20 @@ def test_a_base_in_a_relative_folder_is_found_from_elsewhere(
     monkeypatch.chdir(tmp_path)
     what: dict[str, Any] = {"use_peft": True, "unfrozen_parameters": None} if adapters else {}
     base = f"models/{llama.name}"
-    run = finetune(tmp_path / "run", model_name_or_path=base, max_steps=1, **what)
+    saves = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    run = finetune(tmp_path / "run", model_name_or_path=base, **saves, **what)
     assert run.code == 0
     here, _ = load_finetuned(run.folder)
-    monkeypatch.chdir("/")
-    there, _ = load_finetuned(run.folder)
-    assert_same_bits(dict(there.named_parameters()), dict(here.named_parameters()))
+    another = make_llama(tmp_path / "elsewhere" / base, tie_word_embeddings=True)
+    monkeypatch.chdir(another.parent.parent)
+    for folder in (run.folder, run.folder / "checkpoint-1"):
+        there, _ = load_finetuned(folder)
+        assert_same_bits(dict(there.named_parameters()), dict(here.named_parameters()))
     found = find_run(str(run.folder))
     assert found is not None
     assert found.base == str(tmp_path / base)
+    (tmp_path / "models").unlink()  # as on another computer, where the name is all that is known
+    assert located(base, run.folder) == base
 
 
 def test_a_checkpoint_is_asked_as_its_run(run: Run) -> None:

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 
 from to_finetune.cli import main
 from to_finetune.optim import DiagonalTO, FullTO, RankOneTO
-from to_finetune.planning import GPUS, UTILISATION, CannotSay, Lora, load_blueprint, plan
+from to_finetune.planning import GPUS, UTILISATION, CannotSay, Lora, load_blueprint, plan, plan_line
 from to_finetune.training import memory
 from to_finetune.training.plan import _live_layout, parse_for_plan, settings_of, steps
 from to_finetune.units import format_size, parse_size
@@ -263,6 +263,24 @@ def test_of_a_recipe_with_patterns_they_are_replaced(ask: Callable[..., tuple[in
     assert everything["trained_weights"] == everything["total_weights"]
 
 
+def test_what_a_plan_answers_means_the_same_beside_the_recipe(
+    ask: Callable[..., tuple[int, Any]], tmp_path: Path
+) -> None:
+    """Whose modules are then those of the layers that fit."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("unfrozen_modules: [q_proj]\nmax_length: 16\n")
+    _, two = ask("--config", recipe, "--unfrozen_last_layers", 2)
+    assert two["trained_weights"] == 2 * 256 * 256
+    _, said = ask("--config", recipe, "--fit", f"{two['bytes']['total'] / 1e6 + 0.1:.3f}MB")
+    assert said["flags"] == ["--unfrozen_last_layers 2"]
+    assert said["bytes"] == two["bytes"]
+
+
+def test_rows_are_planned_as_a_run_cuts_them(tmp_path: Path) -> None:
+    LlamaConfig(max_position_embeddings=160, num_hidden_layers=1, vocab_size=8).save_pretrained(tmp_path)
+    assert settings(tmp_path, unfrozen_last_layers=1).work.length == 160
+
+
 def test_modules_within_the_last_layers(ask: Callable[..., tuple[int, Any]]) -> None:
     words = ["--max_length", "16", "--unfrozen_modules", "q_proj", "v_proj"]
     _, two = ask(*words, "--unfrozen_last_layers", 2)
@@ -295,6 +313,20 @@ def test_time_and_cost(ask: Callable[..., tuple[int, Any]], recipe: Path, model:
     assert (said["speed"]["steps"], said["speed"]["seconds"], said["speed"]["cost"]) == (None, None, None)
     _, said = ask(*words, "--max_steps", 10)
     assert said["speed"]["seconds"] == pytest.approx(10 * 4 * 128 * 2 * 4 / speed["tokens_per_second"])
+
+
+def test_without_a_number_of_steps_it_says_what_is_missing(
+    recipe: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--config", str(recipe), "--model_name_or_path", str(model), "--gpu", "A100"]) == 0
+    assert "tokens/s; with --max_steps or --rows also the time" in capsys.readouterr().out
+
+
+def test_the_parts_in_the_line_are_all_of_the_total(model: Path) -> None:
+    planned = plan(settings(model, "--use_peft", "true", lora_r=1))
+    small = sum(size for size in planned.parts().values() if size <= 0.005 * planned.total)
+    assert small > 0
+    assert f"rest {format_size(small)})" in plan_line(planned).plain
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def test_it_prepares_the_rows_that_a_run_trains_on(
     assert run.code == 0
     same = {"model_name_or_path": llama, "dataset_name": alpaca, "max_steps": 2, "use_cpu": True, **options}
     shown = prepare_preview(*parse_arguments(flags(output_dir=tmp_path / "preview", **same)))
+    assert shown.args.max_length == run.trainer.args.max_length  # type: ignore[union-attr]
 
     def rows(data: Any) -> list[Any]:
         return [row for row, _ in zip(data, range(30), strict=False)]

@@ -135,15 +135,19 @@ def test_a_longer_run_goes_on_at_its_own_schedules_rates(finetune: Finetune, tmp
     assert used[-4:] == logged == pytest.approx([0.01 * (8 - step) / 8 for step in range(4, 8)])
 
 
-@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("saved", [None, "checkpoint-1", "trained.safetensors"])
 def test_a_run_that_failed_before_it_saved_anything_leaves_its_folder_free(
-    finetune: Finetune, tmp_path: Path, saved: bool
+    finetune: Finetune, tmp_path: Path, saved: str | None
 ) -> None:
-    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1} if saved else {}
     with mock.patch("to_finetune.finetune.finish", side_effect=RunError("a disk is full")):
-        assert finetune(tmp_path / "run", **options).code == 1
-    again = finetune(tmp_path / "run")
+        failed = finetune(tmp_path / "run")
+    assert failed.code == 1
+    assert (failed.folder / "slopes.json").exists()
+    if saved:
+        (failed.folder / saved).mkdir()
+    again = finetune(tmp_path / "run", optim="sgd", learning_rate=0.01)
     assert (again.code, again.record["status"]) == ((2, "failed") if saved else (0, "done"))
+    assert (again.folder / "slopes.json").exists() == bool(saved), "the failed run's slopes are taken for this one's"
 
 
 def test_the_time_before_a_resume_counts(finetune: Finetune, tmp_path: Path) -> None:

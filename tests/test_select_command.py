@@ -41,6 +41,7 @@ def layers(*numbers: int, modules: list[str] = NAMES) -> list[str]:
     ("words", "trained"),
     [
         (["--last_layers", "2"], layers(2, 3)),
+        (["--unfrozen_last_layers", "1", "--unfrozen_modules", "mlp"], layers(3, modules=PROJECTIONS[4:])),
         (["--modules", "q_proj", "lm_head"], [*["lm_head.weight"], *layers(0, 1, 2, 3, modules=["self_attn.q_proj"])]),
         (["--last_layers", "1", "--modules", "mlp"], layers(3, modules=PROJECTIONS[4:])),
         (["--parameters", r"layers\.0\..*norm", "^model.norm"], [*layers(0, modules=NAMES[7:]), "model.norm.weight"]),

@@ -42,12 +42,11 @@ def step_of(checkpoint: str | Path) -> int:
 
 
 def located(base: str, folder: str | os.PathLike[str]) -> str:
-    """Return the name under which the base of the run in `folder` is found from here: its own, or its folder's path."""
-    if Path(base).is_dir():
-        return base
+    """Return the path of a run's base if that was a folder and is there still, else its name, as the run had it."""
     place = Path(folder).resolve()
     home = place.parent if place.name.startswith(CHECKPOINT) else place
-    return str((read(home / RECORD, mapping) or {}).get("base_folder", base))
+    was_there = (read(home / RECORD, mapping) or {}).get("base_folder")
+    return was_there if was_there and Path(was_there).is_dir() else base
 
 
 def read(path: Path, check: Callable[[Any], T]) -> T | None:

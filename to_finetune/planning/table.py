@@ -88,7 +88,7 @@ def speed_text(speed: Speed, plan: Plan, gpu: str) -> Text:
         if speed.cost is not None:
             text.append(" and cost ").append(f"{speed.cost:,.2f}", "bold")
     else:
-        text.append("; with --max_steps also the time and its cost")
+        text.append("; with --max_steps or --rows also the time")
     assumed = f"at {UTILISATION:.0%} of what the data sheet says, padding included"
     return text.append(f" ({assumed})", "dim")
 

@@ -33,6 +33,7 @@ WEIGHTS = {  # by what was trained
 }
 TOKENIZER = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*"]
 PUBLIC = ("status", "started", "versions", "prompt_form", "subset", "results", "proofs")  # of run.json
+BASE = "base_model_name_or_path"  # in the files of the weights
 DRY_RUN = "hub"  # a folder in the run's
 
 
@@ -97,6 +98,8 @@ def check_push(repo_id: str, token: str | None = None, dry_run: bool = False) ->
 def write_folder(run: FinetunedRun, folder: Path, repo_id: str, merged: bool = False) -> None:
     """Write the files for the hub; none of them names a path on this computer."""
     folder.mkdir()
+    if run.base:  # as card and weights must name it alike
+        run = run._replace(config={**run.config, "model_name_or_path": run.base})
     if merged and run.part != "whole":
         from to_finetune.model.merge import merge
 
@@ -105,9 +108,9 @@ def write_folder(run: FinetunedRun, folder: Path, repo_id: str, merged: bool = F
         for path in _matching(run.folder, [*WEIGHTS[run.part], *TOKENIZER]):
             _link(path, folder / path.name)
     for path in _matching(folder, ["*config.json"]):
-        _write_public_json(path)
+        _write_public_json(path, run.base)
     if (folder / TRAINED_WEIGHTS_NAME).exists():
-        _write_public_tensors(folder / TRAINED_WEIGHTS_NAME)
+        _write_public_tensors(folder / TRAINED_WEIGHTS_NAME, run.base)
     if run.history:
         label = run.config.get("optim", "training")
         plot_losses({label: run.history}, folder / LOSS_CURVE, title=repo_id)
@@ -134,19 +137,20 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _write_public_json(path: Path) -> None:
+def _write_public_json(path: Path, base: str | None) -> None:
     """Reduce paths to names in a file of settings, in a new file, so that the hard-linked original keeps its own."""
     values = json.loads(path.read_text(encoding="utf-8"))
-    public = {key: without_paths(value) if "path" in key or "file" in key else value for key, value in values.items()}
+    public = {**values, BASE: base} if base and values.get(BASE) else values
+    public = {key: without_paths(value) if "path" in key or "file" in key else value for key, value in public.items()}
     if public != values:
         write_json(path, public)
 
 
-def _write_public_tensors(path: Path) -> None:
+def _write_public_tensors(path: Path, base: str | None) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, Any] = file.metadata()
-            public = without_paths(metadata)
+            public = without_paths({**metadata, BASE: base or metadata[BASE]})
             if public == metadata:
                 return
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)

@@ -232,6 +232,10 @@ class FinetuneArguments(TrainableOptimizerArguments, SFTConfig):
 
     output_dir: str = field(default="runs/finetune", metadata={"help": "Where the run is written; must be new."})
     save_only_trained: bool = field(default=True, init=False)
+    max_length: int | None = field(
+        default=1024,
+        metadata={"help": "Cut rows to so many tokens. Default: 1024, or the model's context if that is shorter."},
+    )
     bf16: bool | None = field(
         default=None, metadata={"help": "bfloat16 mixed precision. Default: on where the GPU has it."}
     )

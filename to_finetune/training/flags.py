@@ -157,7 +157,7 @@ def without_effect(args: FinetuneArguments) -> list[str]:
         (saves, "a --save_strategy", ("save_total_limit", "save_only_model")),
         (args.logging_strategy == IntervalStrategy.STEPS, "--logging_strategy steps", ("logging_steps",)),
         (warms_up, "an --lr_scheduler_type that warms up, such as constant_with_warmup", ("warmup_steps",)),
-        (compares, "--load_best_model_at_end true", ("metric_for_best_model",)),
+        (compares, "--load_best_model_at_end true or --save_strategy best", ("metric_for_best_model",)),
         (args.push_to_hub, "--push_to_hub true", ("hub_model_id", "hub_private_repo")),
         (args.packing, "--packing true", ("packing_strategy",)),
         (by_length, "--train_sampling_strategy group_by_length", ("length_column_name",)),

@@ -24,6 +24,8 @@ ALIASES = {  # what other tools call our flags
     "torch_dtype": "dtype",
 }
 
+WAYS = ("unfrozen_parameters", "unfrozen_last_layers", "unfrozen_modules")  # to say what trains
+
 
 class _Parser(TrlParser):
     def error(self, message: str) -> Any:
@@ -62,8 +64,10 @@ def parse_arguments(
             config["warmup_steps"] = config.pop("warmup_ratio")
     _check_names(config, argv, types, parser, other_flags)
     config = {key.replace("-", "_"): value for key, value in config.items()}
-    if any(word.startswith(("--unfrozen_", "--unfrozen-")) for word in argv):  # say all of what trains
-        config = {key: value for key, value in config.items() if not key.startswith("unfrozen_")}
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
+    for excluded in (("unfrozen_parameters",), ("unfrozen_last_layers", "unfrozen_modules")):  # by each other
+        if given & {key for key in WAYS if key not in excluded}:
+            config = {key: value for key, value in config.items() if key not in excluded}
     _check_given(config, types)
     structured = {key: value for key, value in config.items() if _has_structure(value, types[key])}
     # All others go in front of the flags, as if typed there, so that their types and choices are checked as well.

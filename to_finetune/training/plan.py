@@ -26,19 +26,20 @@ from to_finetune.training.arguments import ArgumentsElsewhere, FinetuneArguments
 from to_finetune.training.flags import check_base
 from to_finetune.training.layout import asks_for_fsdp
 from to_finetune.training.parser import parse_arguments
+from to_finetune.training.prepare import settle_length
 from to_finetune.training.sft import TOSFTTrainer
 
 # Flags that change the memory of a step in ways that a dry run does not know.
 UNKNOWN = ("torch_compile", "use_liger_kernel", "activation_offloading", "label_smoothing_factor")
 
 
-def parse_for_plan(argv: Sequence[str], beside: Collection[str] = ()) -> tuple[ModelArguments, FinetuneArguments]:
+def parse_for_plan(argv: Sequence[str], other_flags: Collection[str] = ()) -> tuple[ModelArguments, FinetuneArguments]:
     """Parse the flags of a run that may be elsewhere: the data need not be named, and no GPU is queried.
 
     Raises:
         UsageError: as `parse_arguments` and `check_base`, and for a layout given by --deepspeed or --fsdp.
     """
-    model_args, _, args = parse_arguments(["--dataset_name", "any", *argv], ArgumentsElsewhere, beside)
+    model_args, _, args = parse_arguments(["--dataset_name", "any", *argv], ArgumentsElsewhere, other_flags)
     check_base(model_args, args)
     for name in ("deepspeed", "fsdp"):
         if getattr(args, name):
@@ -71,9 +72,9 @@ def settings_of(
         raise CannotSay("max_length is not set, so that rows can have any length.")
     name, revision, trust = model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code
     optimizer, options = _optimizer(args)
-    patterns = None
-    if not model_args.use_peft:
-        patterns = model_args.patterns(without_weights(name, revision, trust_remote_code=trust))
+    skeleton = without_weights(name, revision, trust_remote_code=trust)
+    settle_length(skeleton, args)
+    patterns = None if model_args.use_peft else model_args.patterns(skeleton)
     return Settings(
         Workload(
             load_blueprint(name, revision, trust),

@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from peft import PeftConfig
 from rich.console import Console, Group
 from rich.text import Text
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -61,22 +62,32 @@ def prepare_model(model_args: ModelArguments, args: FinetuneArguments, is_traine
 
 
 def settle(model_args: ModelArguments, args: FinetuneArguments) -> None:
-    """Set what was not given and depends on the model: a TO's rate for what trains, and the length of its context.
+    """Set what was not given and depends on the model: a TO's rate for what trains, and `max_length`.
 
     Raises:
-        UsageError: as `prepare_model`, even if all was given; and for a `max_length` beyond the context.
+        UsageError: as `prepare_model`, even if all was given; and as `settle_length`.
     """
     skeleton, *_ = _without_weights(model_args, args)
     if args.learning_rate is None:
         args.learning_rate = recommended_learning_rate(skeleton)
+    settle_length(skeleton, args)
+
+
+def settle_length(skeleton: Any, args: FinetuneArguments) -> None:
+    """Lower the default `max_length` to the model's context; another one may exceed it if no positions are learned.
+
+    Raises:
+        UsageError: for a length for which the model has no positions.
+    """
     context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
-    if context and args.max_length is not None and args.max_length > context:
-        if args.max_length != FinetuneArguments.max_length:
-            raise UsageError(
-                f"max_length={args.max_length} is not valid: at most {context}, the model's context "
-                "(max_position_embeddings in its config.json)."
-            )
+    if context is None or args.max_length is None or args.max_length <= context:
+        return
+    if args.max_length == FinetuneArguments.max_length:
         args.max_length = context
+        return
+    words = skeleton.get_input_embeddings()
+    if any(isinstance(module, nn.Embedding) and module is not words for module in skeleton.modules()):
+        raise UsageError(f"max_length={args.max_length} is not valid: at most {context}, for which the model learned.")
 
 
 def _without_weights(
@@ -181,6 +192,8 @@ def prepare_preview(model_args: ModelArguments, data_args: DataArguments, args: 
     Raises:
         UsageError: as `prepare_data` and `prepare_trainer`.
     """
+    base, revision, trust = model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code
+    settle_length(without_weights(base, revision, model_args.attn_implementation, trust), args)
     tokenizer, *rows = prepare_data(model_args, data_args, args)
     args.push_to_hub = False  # the Trainer would create the repository
     config = LlamaConfig(

@@ -18,7 +18,21 @@ import yaml
 from to_finetune.errors import UsageError
 from to_finetune.files import check_place, write_json, write_whole
 from to_finetune.machine import machine
-from to_finetune.runs import CHECKPOINT, CONFIG, RECORD, last_checkpoint, mapping, read, step_of
+from to_finetune.runs import (
+    CHECKPOINT,
+    CONFIG,
+    LOSS_CURVE,
+    PARAMETERS,
+    RECORD,
+    REPORT,
+    SAMPLES,
+    SLOPES,
+    STATE,
+    last_checkpoint,
+    mapping,
+    read,
+    step_of,
+)
 from to_finetune.training.recipe import without_secrets
 
 MUST_AGREE = (
@@ -96,6 +110,7 @@ class RunRecord:
         ):  # a run that is read from elsewhere would take a relative path for a name on the hub
             self.values["base_folder"] = os.path.abspath(base)
         self.config = config
+        self._is_taken_over = False  # from a failed run
 
     def check_folder(self, resume: str | None) -> None:
         """Raise if the folder holds another run, or if the run to resume had other settings.
@@ -112,6 +127,7 @@ class RunRecord:
         if is_another and self._holds_a_run() and not was_restarted():
             go_on = ", or continue that run with --resume_from_checkpoint true" if last else ""
             raise UsageError(f"output_dir={str(self.folder)!r} holds another run. Choose a new folder{go_on}.")
+        self._is_taken_over = is_another and (self.folder / RECORD).exists() and not was_restarted()
         if resume is None:
             return
         if not is_another and last is not None and step_of(last) > step_of(resume):
@@ -149,8 +165,10 @@ class RunRecord:
         return before.get("status") != "failed" or bool(saved)
 
     def begin(self) -> None:
-        """Write config.yaml and run.json."""
+        """Write config.yaml and run.json, in place of a failed run's files."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        for name in (PARAMETERS, SLOPES, SAMPLES, STATE, LOSS_CURVE, REPORT) if self._is_taken_over else ():
+            (self.folder / name).unlink(missing_ok=True)
         write_whole(self.folder / CONFIG, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
         self.update()
 
