@@ -280,7 +280,7 @@ class StatefulOptimizer(Optimizer, ABC):
     def _initial_state(self, group: Group, p: Tensor, blocks: int) -> dict[str, Tensor]:
         counters = {"step": 0.0, "skipped": 0.0} if group["skip_nonfinite"] else {"step": 0.0}
         device = _counting_device(group, p)
-        state = {name: torch.tensor(x, dtype=torch.float32, device=device) for name, x in counters.items()}
+        state = {name: torch.full((), x, dtype=torch.float32, device=device) for name, x in counters.items()}
         for name in self.state_names:
             state.update(new_state(p, name, group["state_dtype"] or compute_dtype(p), blocks))
         return state
