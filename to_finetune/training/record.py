@@ -105,9 +105,7 @@ class RunRecord:
             **machine(),
         }
         base = config.get("model_name_or_path")
-        if (
-            base and Path(base).is_dir()
-        ):  # a run that is read from elsewhere would take a relative path for a name on the hub
+        if base and Path(base).is_dir():  # read from another folder, a relative path would be taken for the hub's name
             self.values["base_folder"] = os.path.abspath(base)
         self.config = config
         self._is_taken_over = False  # from a failed run
