@@ -37,11 +37,17 @@ def layers(*numbers: int, modules: list[str] = NAMES) -> list[str]:
     return sorted(f"model.layers.{i}.{name}.weight" for i in numbers for name in modules)
 
 
+def test_a_runs_own_flags_are_known_too(select: Select) -> None:
+    _, shown = select("--last_layers", "1", "--modules", "mlp")
+    assert select("--unfrozen_last_layers", "1", "--unfrozen_modules", "mlp") == (0, shown)
+    _, shown = select("--parameters", "layers.0.")
+    assert select("--unfrozen_parameters", "layers.0.") == (0, shown)
+
+
 @pytest.mark.parametrize(
     ("words", "trained"),
     [
         (["--last_layers", "2"], layers(2, 3)),
-        (["--unfrozen_last_layers", "1", "--unfrozen_modules", "mlp"], layers(3, modules=PROJECTIONS[4:])),
         (["--modules", "q_proj", "lm_head"], [*["lm_head.weight"], *layers(0, 1, 2, 3, modules=["self_attn.q_proj"])]),
         (["--last_layers", "1", "--modules", "mlp"], layers(3, modules=PROJECTIONS[4:])),
         (["--parameters", r"layers\.0\..*norm", "^model.norm"], [*layers(0, modules=NAMES[7:]), "model.norm.weight"]),
