@@ -278,9 +278,9 @@ class StatefulOptimizer(Optimizer, ABC):
         self.forget_last_step()
 
     def _initial_state(self, group: Group, p: Tensor, blocks: int) -> dict[str, Tensor]:
-        counters = {"step": 0.0, "skipped": 0.0} if group["skip_nonfinite"] else {"step": 0.0}
+        counters = ("step", "skipped") if group["skip_nonfinite"] else ("step",)
         device = _counting_device(group, p)
-        state = {name: torch.full((), x, dtype=torch.float32, device=device) for name, x in counters.items()}
+        state = {name: _counter(device) for name in counters}
         for name in self.state_names:
             state.update(new_state(p, name, group["state_dtype"] or compute_dtype(p), blocks))
         return state
@@ -317,6 +317,13 @@ def compute_dtype(p: Tensor) -> torch.dtype:
 def _counting_device(group: Group, p: Tensor) -> torch.device:
     """Return where p's steps are counted: the CPU, where reading never waits, unless the device itself must count."""
     return p.device if group["capturable"] or group["skip_nonfinite"] else torch.device("cpu")
+
+
+def _counter(device: torch.device) -> Tensor:
+    """Return zero: on the host so that fake tensors too know its value, on a device without a copy to it."""
+    if device.type == "cpu":
+        return torch.tensor(0.0, dtype=torch.float32, device=device)
+    return torch.zeros((), dtype=torch.float32, device=device)
 
 
 def _name_to_dtype(group: Group) -> None:
