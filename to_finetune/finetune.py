@@ -42,7 +42,7 @@ from to_finetune.training.flags import check_flags, check_rows, without_effect
 from to_finetune.training.layout import check_processes
 from to_finetune.training.memory import RunMemory
 from to_finetune.training.parser import parse_arguments
-from to_finetune.training.prepare import data_report, prepare_data, prepare_model, prepare_trainer, settle
+from to_finetune.training.prepare import data_report, prepare_data, prepare_model, prepare_trainer, say, settle
 from to_finetune.training.proofs import check_saved
 from to_finetune.training.recipe import resolved_config
 from to_finetune.training.record import RunRecord, resume_point, summarise
@@ -86,8 +86,7 @@ def finetune(model_args: ModelArguments, data_args: DataArguments, args: Finetun
     record, resume = check(model_args, data_args, args)
     console.rule(f"to_finetune  {args.optim}  {args.world_size} process(es) on {args.device.type}", align="left")
     console.print(Syntax(yaml.safe_dump(record.config, sort_keys=False), "yaml", background_color="default"))
-    for sentence in without_effect(args):
-        console.print(Text(sentence, "yellow"))
+    say(without_effect(args), args)
 
     memory = RunMemory(args.device)
     record.values["memory"] = memory.values

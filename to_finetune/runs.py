@@ -41,11 +41,15 @@ def step_of(checkpoint: str | Path) -> int:
     return int(number) if number.isdecimal() else 0
 
 
+def home_of(folder: str | os.PathLike[str]) -> Path:
+    """Return the folder of a run, given it or one of the run's checkpoints."""
+    whole = Path(folder).resolve()
+    return whole.parent if whole.name.startswith(CHECKPOINT) else Path(folder)
+
+
 def located(base: str, folder: str | os.PathLike[str]) -> str:
     """Return the path of a run's base if that was a folder and is there still, else its name, as the run had it."""
-    place = Path(folder).resolve()
-    home = place.parent if place.name.startswith(CHECKPOINT) else place
-    was_there = (read(home / RECORD, mapping) or {}).get("base_folder")
+    was_there = (read(home_of(folder) / RECORD, mapping) or {}).get("base_folder")
     return was_there if was_there and Path(was_there).is_dir() else base
 
 

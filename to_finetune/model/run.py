@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 from to_finetune.errors import UsageError
 from to_finetune.model.quantized import Quantization
 from to_finetune.model.trained import TRAINED_WEIGHTS_NAME
-from to_finetune.runs import CHECKPOINT, CONFIG, RECORD, STATE, located, mapping, read
+from to_finetune.runs import CHECKPOINT, CONFIG, RECORD, STATE, home_of, located, mapping, read
 
 # What was trained -> the file that shows it; the first file found decides.
 PARTS = {"subset": TRAINED_WEIGHTS_NAME, "adapter": "adapter_config.json", "whole": "config.json"}
@@ -42,8 +42,7 @@ def find_run(name: str) -> FinetunedRun | None:
         UsageError: for a run that has not saved its weights yet, and a record that is damaged.
     """
     folder = Path(name)
-    whole = folder.resolve()
-    home = whole.parent if whole.name.startswith(CHECKPOINT) else folder
+    home = home_of(folder)
     part: Any = next((part for part, file in PARTS.items() if (folder / file).is_file()), None)
     is_run = (home / RECORD).is_file()
     if part is None and is_run:

@@ -99,14 +99,14 @@ class StatefulOptimizer(Optimizer, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict, with int8 state as int16 (code and exponent) that any layout can load."""
-        hook = self.register_state_dict_post_hook(_as_saved, prepend=True)  # others see what is saved
+        hook = self.register_state_dict_post_hook(lambda _, saved: self._to_saved(saved), prepend=True)
         try:
             return super().state_dict()
         finally:
             hook.remove()
 
     def _to_saved(self, saved: dict[str, Any]) -> None:
-        """Convert a state dict of torch's to what is saved, in place."""
+        """Convert a state dict of torch's to what is saved, in place, before the users' hooks see it."""
         self._look_again()
         tensors = chain.from_iterable(group["params"] for group in self.param_groups)
         numbers = dict(
@@ -137,7 +137,7 @@ class StatefulOptimizer(Optimizer, ABC):
             ValueError: if the saved parameter groups differ from the optimizer's.
             RuntimeError: if the state is another optimizer's, or of weights of other shapes.
         """
-        hook = self.register_load_state_dict_pre_hook(_read_saved)  # after those of others
+        hook = self.register_load_state_dict_pre_hook(lambda _, saved: self._from_saved(saved))  # the last
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -287,16 +287,6 @@ class StatefulOptimizer(Optimizer, ABC):
 
     def _start(self, group: Group, members: Sequence[Member]) -> None:
         """Initialize the new state that does not start at zero."""
-
-
-def _as_saved(optimizer: Optimizer, saved: dict[str, Any]) -> None:
-    assert isinstance(optimizer, StatefulOptimizer)
-    optimizer._to_saved(saved)
-
-
-def _read_saved(optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-    assert isinstance(optimizer, StatefulOptimizer)
-    return optimizer._from_saved(saved)
 
 
 def options_of(group: Group, defaults: Iterable[str]) -> Group:

@@ -130,7 +130,7 @@ def prepare_data(model_args: ModelArguments, data_args: DataArguments, args: Fin
         text_column=args.dataset_text_field,
         seed=args.seed if args.data_seed is None else args.data_seed,
     )
-    _say(data.notes, args)
+    say(data.notes, args)
     if isinstance(data.train, Dataset) and len(data.train) > 20_000:
         datasets.enable_progress_bars()  # tokenizing takes long enough to want them
     if data.held_out is None and (args.eval_strategy != "no" or args.eval_on_start):
@@ -229,7 +229,8 @@ def data_report(trainer: TOSFTTrainer) -> Group:
     return Group(table(parts), *said, "")
 
 
-def _say(sentences: list[str], args: FinetuneArguments) -> None:
+def say(sentences: list[str], args: FinetuneArguments) -> None:
+    """Print what a user should know before the run, on process 0."""
     console = Console(quiet=not args.should_log)
     for sentence in sentences:
         console.print(Text(sentence, style="yellow"))
